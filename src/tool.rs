@@ -13,9 +13,13 @@ pub use crate::text::{must_be_escaped, printable};
 
 use crate::config::Config;
 use crate::endpoint::Endpoint;
-use crate::error::InvalidSetting;
+use crate::error::{InvalidSetting, LockError};
 use crate::key::LockKey;
+use crate::manager::LockManager;
 use crate::router::ShardMap;
+#[cfg(doc)]
+use crate::store::Holder;
+use crate::store::KeyState;
 
 /// Returns the names of all settings, each with a one-line description.
 pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
@@ -79,6 +83,63 @@ pub fn map_key(config: &Config) -> String {
 #[must_use]
 pub fn key_of_lease(config: &Config, name: &str) -> Option<LockKey> {
     config.key_of_lease(name)
+}
+
+/// Returns the key of a holder or a waiter whose entry has this name in etcd, or `None` if the name
+/// is not such an entry of this namespace.
+#[cfg(feature = "etcd")]
+#[must_use]
+pub fn key_of_etcd_entry(config: &Config, name: &[u8]) -> Option<LockKey> {
+    crate::store::etcd::key_of_entry(&config.namespace, name)
+}
+
+/// The outcome of [`break_lease`].
+#[derive(Debug)]
+pub enum Broken {
+    /// The lease is no longer the owner's, and was passed on.
+    Done {
+        /// The key before that.
+        before: KeyState,
+    },
+    /// The owner does not have the lease. Nothing was changed.
+    NotHeld {
+        /// The key as it is.
+        now: KeyState,
+    },
+}
+
+/// Ends the lease of `owner` on a key and passes the key on to the next waiter, with a new token,
+/// as the owner's release would. `owner` is what [`Holder::owner`] shows: one holder of a key that
+/// is held together, or the value of another library.
+///
+/// The owner's process is not notified. It learns of the loss when it next renews the lease, and
+/// may use the key until then; the tokens of later holders are larger than all tokens of the lease.
+///
+/// # Errors
+///
+/// [`LockErrorKind::Refused`](crate::error::LockErrorKind::Refused) on `redlock://` and `etcd://`
+/// shards, which can't do that, and the errors of [`LockManager::inspect`]. After an error of the
+/// break itself it is unknown whether the lease was ended: inspect the key.
+pub async fn break_lease(locks: &LockManager, key: &LockKey, owner: &str) -> Result<Broken, LockError> {
+    let shard = locks.inner.shard(key);
+    let state = shard.inspect(key).await?;
+    let is_listed = state
+        .holder
+        .iter()
+        .chain(&state.holders)
+        .any(|holder| holder.owner == owner);
+    // Only the first holders are listed. One that waits must not be removed from the queue.
+    let may_be_unlisted = state.holder_count > state.holders.len() as u64
+        && state.queue.len() as u64 == state.queue_length
+        && !state.queue.iter().any(|waiting| waiting == owner);
+    if !is_listed && !may_be_unlisted {
+        return Ok(Broken::NotHeld { now: state });
+    }
+    if shard.break_lease(key, owner).await? {
+        return Ok(Broken::Done { before: state });
+    }
+    let now = shard.inspect(key).await?;
+    Ok(Broken::NotHeld { now })
 }
 
 /// Returns the servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster or of

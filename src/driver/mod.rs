@@ -290,6 +290,19 @@ impl Shard {
         self.inspected(key, self.store.inspect(key.clone())).await
     }
 
+    /// Ends the lease of `owner`, who is not a cycle of this manager, and passes the key on.
+    /// Returns whether `owner` had the lease.
+    pub(crate) async fn break_lease(&self, key: &LockKey, owner: &str) -> Result<bool, LockError> {
+        let started = Moment::now();
+        let mut breaking = self
+            .store
+            .break_lease(key.clone(), owner.to_owned(), crate::engine::BLOCK_OF_GRANT);
+        let broken = within(started, self.manager.timeout, breaking.as_mut()).await;
+        broken
+            .unwrap_or_else(|_| Err(self.no_answer()))
+            .map_err(|error| self.error(error, "break", Some(key), started))
+    }
+
     /// Inspects a key in whose queue a task waits.
     async fn inspect_again(&self, key: &LockKey) -> Result<KeyState, LockError> {
         self.inspected(key, self.store.inspect_again(key.clone())).await

@@ -81,6 +81,16 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Releases a lease or leaves the queue. Repeating the request is harmless.
     fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
 
+    /// Ends the lease of `owner`, who may be another manager or a client of another library, and
+    /// passes the key on like a release, with `tokens` for the next owner. Returns whether `owner`
+    /// had the lease; if not, no lease was ended. The caller must know that `owner` does not wait
+    /// for the key: a cycle that waits would leave the queue.
+    fn break_lease(&self, key: LockKey, owner: String, tokens: u32) -> StoreFuture<bool> {
+        let _ = (key, owner, tokens);
+        let reason = "this kind of shard can't end the lease of another process";
+        Box::pin(std::future::ready(Err(StoreError::Refused(reason.into()))))
+    }
+
     /// Extends those leases of `batch` that are still ours, in one call. Returns one reply per
     /// renewal, in the same order; `None` means that there was no answer. The caller waits no
     /// longer than `limit`, so a store that asks several servers must return the replies it has by

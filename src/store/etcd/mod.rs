@@ -66,13 +66,14 @@ use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
-use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
+use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::CycleLeases;
 use error::EtcdError;
 use keep_alive::Revokes;
 use link::{Link, Servers};
 use names::Names;
+pub(crate) use names::key_of_entry;
 use waits::Waits;
 
 /// See the module documentation.
@@ -205,6 +206,12 @@ impl LeaseStore for EtcdStore {
     fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let link = self.link(priority, request.key.slot());
         Box::pin(release::release(Arc::clone(&self.shared), link, request))
+    }
+
+    fn break_lease(&self, _key: LockKey, _owner: String, _tokens: u32) -> StoreFuture<bool> {
+        let reason = "on etcd a lock ends with the etcd lease of its holder, of which only the holder's process knows \
+                      all that use it; end that process, or use `etcdctl lease revoke` with the lease of the key";
+        Box::pin(std::future::ready(Err(StoreError::Refused(reason.into()))))
     }
 
     fn lacks(&self, _: LockMode) -> Option<&'static str> {

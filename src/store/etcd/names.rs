@@ -83,6 +83,16 @@ impl Names {
     }
 }
 
+/// The key of a cycle's entry, or `None` if the name is not that of a cycle in this namespace.
+pub(crate) fn key_of_entry(namespace: &str, name: &[u8]) -> Option<LockKey> {
+    let name = std::str::from_utf8(name).ok()?.strip_prefix(namespace)?;
+    let (encoded, _) = name.split_once('/')?;
+    let key = percent_decode(encoded.as_bytes()).decode_utf8().ok()?;
+    // A note's first part is not what any key is encoded as.
+    let is_encoded = utf8_percent_encode(&key, ENCODED).to_string() == encoded;
+    LockKey::new(&key).ok().filter(|_| is_encoded)
+}
+
 /// The `manager:cycle` part of a name that begins with a key's prefix.
 pub(super) fn member(prefix: &str, name: &[u8]) -> String {
     String::from_utf8_lossy(name.get(prefix.len()..).unwrap_or_default()).into_owned()
@@ -114,6 +124,20 @@ mod tests {
             assert!(!names.prefix(&key(one)).starts_with(&names.inbox()));
         }
         assert_eq!(names.prefix(&key("a/b%")), "lock:a%2Fb%25/");
+    }
+
+    #[test]
+    fn a_key_is_found_in_the_entries_of_its_cycles_only() {
+        let names = names(1);
+        for text in ["k", "a/b %2F", "ä\n", "%in", "{a}"] {
+            let entry = names.cycle(&key(text), Cycle::of(4));
+            assert_eq!(key_of_entry("lock:", entry.as_bytes()), Some(key(text)));
+            assert_eq!(key_of_entry("other:", entry.as_bytes()), None);
+        }
+        let note = names.note("h-1-0000000000000001", Cycle::of(4), &key("k"), Cycle::of(7));
+        for other in [note, names.map(), names.inbox(), "lock:k".to_owned()] {
+            assert_eq!(key_of_entry("lock:", other.as_bytes()), None, "{other}");
+        }
     }
 
     #[test]

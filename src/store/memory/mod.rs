@@ -193,6 +193,16 @@ impl LeaseStore for MemoryStore {
         })
     }
 
+    fn break_lease(&self, key: LockKey, owner: String, tokens: u32) -> StoreFuture<bool> {
+        let mut memory = self.memory.lock();
+        let terms = self.terms(Moment::now(), Duration::ZERO, tokens);
+        let reply = memory.core.release(&key, &owner, None, terms);
+        let pushes = memory.take_pushes();
+        drop(memory);
+        deliver(pushes);
+        done(reply.held)
+    }
+
     fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let now = Moment::now();
         let mut memory = self.memory.lock();

@@ -365,6 +365,13 @@ impl LeaseStore for QuorumStore {
         Box::pin(release::release(Arc::clone(&self.quorum), priority, request))
     }
 
+    fn break_lease(&self, _key: LockKey, _owner: String, _tokens: u32) -> StoreFuture<bool> {
+        let reason = "the leases of a quorum can't be ended from outside: a node that misses the release has to get it \
+                      later, and only the holder's process, which keeps running, can see to that; end that process, \
+                      or wait until its lease ends";
+        Box::pin(std::future::ready(Err(StoreError::Refused(reason.into()))))
+    }
+
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         Box::pin(renew::renew(Arc::clone(&self.quorum), batch, limit))
     }

@@ -143,6 +143,24 @@ impl Commands {
         }
     }
 
+    /// The keys and arguments of release.lua, for the lease of any owner.
+    pub(super) fn fill_break(&self, command: &mut Cmd, key: &LockKey, owner: &str, tokens: u32, floor: u64) {
+        self.write_keys(command, key);
+        self.write_break(command, key, owner, tokens, floor);
+    }
+
+    /// The keys and arguments of release_modes.lua, for the lease of any owner.
+    pub(super) fn fill_break_modes(&self, command: &mut Cmd, key: &LockKey, owner: &str, tokens: u32, floor: u64) {
+        self.write_keys_and_holders(command, key);
+        self.write_break(command, key, owner, tokens, floor);
+    }
+
+    fn write_break(&self, command: &mut Cmd, key: &LockKey, owner: &str, tokens: u32, floor: u64) {
+        command.arg(owner).arg(tokens).arg(floor);
+        self.write_inbox_prefix(command, key);
+        command.arg(key.as_str()).write_arg(b"");
+    }
+
     /// The keys and arguments of release_free.lua.
     pub(super) fn fill_release_free(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
         let names = self.names.of(key);

@@ -246,6 +246,27 @@ impl NodePool {
         Ok(node_reply)
     }
 
+    /// Ends the lease of any owner. The scripts are those of a release.
+    async fn send_break(
+        &self,
+        slot: Slot,
+        key: &LockKey,
+        owner: &str,
+        tokens: u32,
+        floor: u64,
+    ) -> Result<NodeReply, CallError> {
+        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
+        let fill = |command: &mut Cmd| commands.fill_break(command, key, owner, tokens, floor);
+        let first = self.script(&scripts.release, slot, None, &fill).await?;
+        if !concerns_modes(&first.value) {
+            return Ok(first);
+        }
+        let fill = |command: &mut Cmd| commands.fill_break_modes(command, key, owner, tokens, floor);
+        let mut node_reply = self.script(&scripts.modes.release, slot, None, &fill).await?;
+        node_reply.repeated |= first.repeated;
+        Ok(node_reply)
+    }
+
     /// Sends a command with a single key.
     async fn single(&self, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
         self.single_until(None, slot, command).await
@@ -460,6 +481,17 @@ impl LeaseStore for ClusterStore {
                 }
             }
             Ok(answer(&node_reply, reply))
+        })
+    }
+
+    fn break_lease(&self, key: LockKey, owner: String, tokens: u32) -> StoreFuture<bool> {
+        let pool = self.pool(store::Priority::Foreground);
+        Box::pin(async move {
+            let slot = pool.shared.commands.names.of(&key).slot();
+            let floor = pool.shared.token_floor.of(slot);
+            let node_reply = pool.send_break(slot, &key, &owner, tokens, floor).await?;
+            // An attempt whose reply was lost may have ended it.
+            Ok(released(&node_reply.value, false, tokens)?.held || node_reply.repeated)
         })
     }
 

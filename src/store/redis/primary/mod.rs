@@ -300,6 +300,25 @@ impl Shared {
         Box::pin(script.call_told_last(&mut live.connection, fill)).await
     }
 
+    /// Ends the lease of any owner once, on this connection. The scripts are those of a release.
+    async fn send_break(
+        &self,
+        live: &mut Live,
+        key: &LockKey,
+        owner: &str,
+        tokens: u32,
+        floor: u64,
+    ) -> RedisResult<Value> {
+        let fill = |command: &mut Cmd| self.commands.fill_break(command, key, owner, tokens, floor);
+        let value = self.scripts.release.call_told_last(&mut live.connection, fill).await?;
+        if !concerns_modes(&value) {
+            return Ok(value);
+        }
+        let fill = |command: &mut Cmd| self.commands.fill_break_modes(command, key, owner, tokens, floor);
+        let script = &self.scripts.modes.release;
+        script.call_told_last(&mut live.connection, fill).await
+    }
+
     /// Sends a command about the shard map.
     async fn map_command(&self, link: &Link, live: &Live, command: Cmd) -> Result<Value, StoreError> {
         let mut connection = live.connection.clone();
@@ -562,6 +581,28 @@ impl LeaseStore for RedisStore {
                     reply,
                 });
             }
+        })
+    }
+
+    fn break_lease(&self, key: LockKey, owner: String, tokens: u32) -> StoreFuture<bool> {
+        let shared = Arc::clone(&self.shared);
+        let slot = shared.commands.names.of(&key).slot();
+        let link = self.link(Priority::Foreground, slot);
+        Box::pin(async move {
+            let _in_flight = link.enter();
+            let mut live = link.get().await?;
+            let floor = shared.token_floor.of(slot);
+            // Not repeated: after a failure the caller reads the key again.
+            let sent = shared.send_break(&mut live, &key, &owner, tokens, floor).await;
+            let value = sent.map_err(|error| {
+                link.is_ended_by(&error, &live);
+                shared.discovery.to_store_error(&error)
+            })?;
+            if shared.switches() != live.switches {
+                let reason = "another server became the primary meanwhile, which may still have the lease";
+                return Err(StoreError::Unavailable(reason.into()));
+            }
+            Ok(released(&value, false, tokens)?.held)
         })
     }
 
