@@ -7,8 +7,10 @@ mod doctor;
 mod exec;
 mod exit;
 mod generate;
+mod held_mode;
 mod inspect;
 mod load;
+mod ls;
 mod map;
 mod metrics;
 mod output;
@@ -53,6 +55,7 @@ enum Command {
     Exec(exec::Args),
     Serve(serve::Args),
     Inspect(inspect::Args),
+    Ls(ls::Args),
     Doctor(doctor::Args),
     Top(top::Args),
     Slot(slot::Args),
@@ -89,6 +92,7 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Exec(args) => exec::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
+        Command::Ls(args) => on_this_thread(ls::run(args)),
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Top(args) => on_this_thread(top::run(args)),
         Command::Slot(args) => slot::run(args),

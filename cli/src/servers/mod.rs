@@ -5,6 +5,7 @@ mod connector;
 #[cfg(feature = "etcd")]
 pub(crate) mod etcd;
 mod glob;
+pub(crate) mod lease_scan;
 mod pools;
 mod primaries;
 mod probe_error;

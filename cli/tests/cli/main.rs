@@ -14,6 +14,7 @@ mod exec;
 mod guides;
 mod inspect;
 mod kinds;
+mod ls;
 mod security;
 mod serve;
 mod tool;

@@ -30,6 +30,16 @@ pub(crate) fn tool(server: &RedisServer, args: &[&str]) -> Command {
     command
 }
 
+/// The same, with time enough for each request on a busy machine.
+pub(crate) fn patient(server: &RedisServer, args: &[&str]) -> Command {
+    let mut command = tool(server, args);
+    command.env("SHARDLOCK_STORE_TIMEOUT", "20s");
+    command
+}
+
+/// The same as options, for a [`Holder`].
+pub(crate) const PATIENT: [&str; 2] = ["--set", "store_timeout=20s"];
+
 /// A running tool. Dropping it kills it.
 pub(crate) struct Run {
     process: Process,

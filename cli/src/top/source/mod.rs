@@ -4,8 +4,6 @@
 //! sources nor the keyboard.
 
 mod endpoint;
-mod held_mode;
-mod lease_scan;
 mod pages;
 mod shards;
 
@@ -15,8 +13,8 @@ use shardlock::tool::manager_of;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+pub(super) use crate::held_mode::HeldMode;
 pub(super) use endpoint::{Address, Endpoint};
-pub(super) use held_mode::HeldMode;
 pub(super) use shards::{KeySelection, Shards};
 
 /// One sample of a source.

@@ -16,13 +16,15 @@ use shardlock::error::LockErrorKind;
 use shardlock::introspect::KeyState;
 use shardlock::{LockError, LockKey, LockManager};
 
-use super::lease_scan::{self, Cursors};
 use super::{Age, HeldLock, HeldMode, Holder, HotKey, Quantiles, SEVERAL, Sample, Shard, process_of};
+use crate::servers::lease_scan::{self, Cursors, Search, SearchLimits};
 
 /// The maximum number of known keys.
 const KEYS_MAX: usize = 1000;
 /// How many keys are read concurrently.
 const CONCURRENT_READS_MAX: usize = 64;
+/// The time limit of a search, per server.
+const SEARCH_TIME_MAX: Duration = Duration::from_secs(2);
 /// A key found by a search is dropped if it is not held or waited for during this time.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -100,18 +102,28 @@ impl Shards {
         if self.budget == 0 {
             errors.insert("--scan is 0, so the servers are not searched for keys".to_owned());
         } else {
+            let search = Search {
+                config: &self.config,
+                prefix: "",
+                limits: SearchLimits {
+                    scanned_max: self.budget,
+                    time_max: SEARCH_TIME_MAX,
+                    found_max: usize::MAX,
+                },
+            };
             for shard in &self.config.shards {
                 // The manager has already parsed it.
                 let Ok(endpoint) = Endpoint::parse(&shard.url) else {
                     continue;
                 };
-                match lease_scan::search(&shard.name, &endpoint, &self.config, &mut self.cursors, self.budget).await {
+                match lease_scan::search(&shard.name, &endpoint, search, &mut self.cursors).await {
                     Ok(found) => {
                         more |= found.more;
+                        errors.extend(found.failures);
                         let map = self.locks.shard_map();
                         let here = found
                             .keys
-                            .into_iter()
+                            .into_keys()
                             .filter(|key| map.name(key.slot()) == Some(&*shard.name));
                         more |= !add_keys(&mut self.keys, here, Instant::now());
                     }

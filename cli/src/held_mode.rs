@@ -7,7 +7,7 @@ use shardlock::introspect::KeyState;
 
 /// The holders of a key that is not held exclusively. The default is an exclusive lock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(in crate::top) struct HeldMode {
+pub(crate) struct HeldMode {
     /// The number of shared holders: guards, or leases if the shards were read.
     shared: u64,
     /// The number of holders of permits.
@@ -19,7 +19,7 @@ pub(in crate::top) struct HeldMode {
 
 impl HeldMode {
     /// The mode of one guard.
-    pub(in crate::top) const fn of_guard(mode: LockMode) -> Self {
+    pub(crate) const fn of_guard(mode: LockMode) -> Self {
         let (shared, with_permits, permits_in_use, limit) = match mode {
             LockMode::Shared => (1, 0, 0, 0),
             LockMode::Permits { weight, limit } => (0, 1, weight as u32, limit),
@@ -36,7 +36,7 @@ impl HeldMode {
 
     /// The mode in which a shard holds a key. The state lists the first hundred holders only; those
     /// beyond are counted as shared ones.
-    pub(super) fn of_state(state: &KeyState) -> Self {
+    pub(crate) fn of_state(state: &KeyState) -> Self {
         let listed = state.holders.iter().map(|holder| Self::of_guard(holder.mode));
         let mut all = listed.fold(Self::default(), Self::with);
         if all.with_permits == state.holders.len() as u64 {
@@ -50,7 +50,7 @@ impl HeldMode {
     }
 
     /// Both together.
-    pub(in crate::top) fn with(self, other: Self) -> Self {
+    pub(crate) fn with(self, other: Self) -> Self {
         Self {
             shared: self.shared + other.shared,
             with_permits: self.with_permits + other.with_permits,
@@ -62,12 +62,34 @@ impl HeldMode {
         }
     }
 
-    pub(in crate::top) fn is_exclusive(&self) -> bool {
+    pub(crate) fn is_exclusive(&self) -> bool {
         *self == Self::default()
     }
 
+    /// The mode without numbers.
+    pub(crate) const fn kind(&self) -> &'static str {
+        match (self.shared, self.with_permits) {
+            (0, 0) => "exclusive",
+            (_, 0) => "shared",
+            (0, _) => "permits",
+            (_, _) => "shared and permits",
+        }
+    }
+
+    pub(crate) const fn permits_in_use(&self) -> u32 {
+        self.permits_in_use
+    }
+
+    /// The smallest limit that a holder of permits states, if there is one.
+    pub(crate) const fn permits_limit(&self) -> Option<u16> {
+        match self.limit {
+            0 => None,
+            limit => Some(limit),
+        }
+    }
+
     /// The number of holders.
-    pub(in crate::top) const fn holders(&self) -> u64 {
+    pub(crate) const fn holders(&self) -> u64 {
         match self.shared + self.with_permits {
             0 => 1,
             together => together,
@@ -75,7 +97,7 @@ impl HeldMode {
     }
 
     /// The holders in a few words, in place of the name of a process.
-    pub(in crate::top) fn describe_holders(&self) -> String {
+    pub(crate) fn describe_holders(&self) -> String {
         match (self.shared, self.with_permits) {
             (1.., 0) => format!("{} shared", self.shared),
             _ => self.to_string(),
