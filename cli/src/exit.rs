@@ -13,6 +13,8 @@ pub(crate) const OK: u8 = 0;
 pub(crate) const WARNINGS: u8 = 1;
 /// `doctor` found errors.
 pub(crate) const ERRORS: u8 = 2;
+/// `break`: the key is not held by that owner.
+pub(crate) const NOT_HELD: u8 = 1;
 /// The command line is invalid (EX_USAGE).
 pub(crate) const USAGE: u8 = 64;
 /// A shard can't be reached, or refused the request (EX_UNAVAILABLE).

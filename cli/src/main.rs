@@ -1,6 +1,7 @@
 //! The command-line tool: a thin layer over the library.
 
 mod bench;
+mod break_lease;
 mod demo;
 mod disposition;
 mod doctor;
@@ -56,6 +57,7 @@ enum Command {
     Serve(serve::Args),
     Inspect(inspect::Args),
     Ls(ls::Args),
+    Break(break_lease::Args),
     Doctor(doctor::Args),
     Top(top::Args),
     Slot(slot::Args),
@@ -93,6 +95,7 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
         Command::Ls(args) => on_this_thread(ls::run(args)),
+        Command::Break(args) => on_this_thread(break_lease::run(args)),
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Top(args) => on_this_thread(top::run(args)),
         Command::Slot(args) => slot::run(args),

@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod bench;
+mod break_lease;
 mod clients;
 #[cfg(target_os = "linux")]
 mod dashboard;

@@ -11,9 +11,9 @@ use serde_json::Value;
 use shardlock::LossReason;
 use shardlock::config::Config;
 use support::RedisServer;
-use support_locks::{TestStore, lock, on_each_store, soon, until};
+use support_locks::{TestStore, lock, on_each_store, soon, until, until_queued};
 
-use crate::tool::{bare, run};
+use crate::tool::{Run, bare, run};
 
 /// The settings of a manager of this store, as environment variables of the tool.
 fn with_settings(store: &TestStore, args: &[&str]) -> Command {
@@ -55,21 +55,72 @@ on_each_store! { on(servers);
     async fn what_is_held_in_the_shards_is_seen_without_an_endpoint(store: &TestStore) {
         let locks = store.manager().await;
         let (taken, other) = (lock(&locks, "taken").await, lock(&locks, "{tag} 100%").await);
-        let is_etcd = store.urls().iter().any(|url| url.starts_with("etcd"));
         let searched = run(with_settings(store, &["top", "--once", "--interval", "100ms"]));
         let named = run(with_settings(store, &["top", "--once", "--interval", "100ms", "--key", "taken", "--key", "{tag} 100%"]));
         let holder = locks.id().rsplit_once('-').expect("host-pid-random").0;
-        for (ended, is_seen) in [(searched, !is_etcd), (named, true)] {
+        for ended in [searched, named] {
             assert_eq!(ended.code, 0, "{ended:?}");
             for key in ["taken ", "{tag} 100% "] {
                 let line = ended.stdout.lines().find(|line| line.starts_with(key));
-                assert_eq!(line.is_some_and(|line| line.contains(holder)), is_seen, "{ended:?}");
+                assert!(line.is_some_and(|line| line.contains(holder)), "{ended:?}");
             }
-            let says_why = ended.stdout.contains("keys of etcd:// can't be searched; name them with --key");
-            assert_eq!(says_why, !is_seen, "{ended:?}");
         }
         taken.release().await.expect("release");
         other.release().await.expect("release");
+    }
+
+    async fn held_keys_of_all_shards_are_listed(store: &TestStore) {
+        let locks = store.manager().await;
+        let (taken, other) = (lock(&locks, "taken").await, lock(&locks, "{tag} 100%").await);
+        lock(&locks, "free").await.release().await.expect("release");
+        let list = |args: &[&str]| {
+            let mut command = with_settings(store, &[&["ls", "--json"], args].concat());
+            let ended = run({
+                command.env("SHARDLOCK_STORE_TIMEOUT", "20s");
+                command
+            });
+            assert_eq!(ended.code, 0, "{ended:?}");
+            serde_json::from_str::<Value>(&ended.stdout).expect("JSON")
+        };
+        let listed = list(&[]);
+        let keys: Vec<_> = listed["keys"].as_array().expect("keys").iter().map(|row| &row["key"]).collect();
+        assert_eq!(keys, ["taken", "{tag} 100%"], "{listed}");
+        assert_eq!(listed["more"], false, "{listed}");
+        for (row, guard) in [(&listed["keys"][0], &taken), (&listed["keys"][1], &other)] {
+            assert_eq!((&row["mode"], &row["holder_count"]), (&"exclusive".into(), &1.into()), "{listed}");
+            assert_eq!(row["holders"][0]["owner"], guard.owner().as_str(), "{listed}");
+            assert!(row["holders"][0]["remaining_ms"].is_u64(), "{listed}");
+        }
+        let tagged = list(&["{tag}"]);
+        assert_eq!(tagged["keys"].as_array().map(Vec::len), Some(1), "{tagged}");
+        assert_eq!(tagged["keys"][0]["key"], "{tag} 100%");
+        let limited = list(&["--limit", "1"]);
+        assert_eq!((limited["keys"].as_array().map(Vec::len), &limited["more"]), (Some(1), &Value::Bool(true)));
+        taken.release().await.expect("release");
+        other.release().await.expect("release");
+    }
+
+    async fn a_broken_lease_passes_to_the_next_waiter_and_its_guard_is_lost(store: &TestStore) {
+        let locks = store.manager().await;
+        let guard = lock(&locks, "k").await;
+        let mut waiter = Run::start(with_settings(store, &["exec", "k", "sh", "-c", "echo $LOCK_TOKEN"]));
+        until_queued(&locks, "k", 1).await;
+        let ended = run(with_settings(store, &["break", "k", "--owner", &guard.owner()]));
+        if store.urls().iter().any(|url| url.starts_with("redlock") || url.starts_with("etcd")) {
+            assert!(ended.code == 69 && ended.stderr.contains("end that process"), "{ended:?}");
+            guard.release().await.expect("the lease is still the guard's");
+            assert_eq!(waiter.end().code, 0);
+            return;
+        }
+        assert_eq!(ended.code, 0, "{ended:?}");
+        let next = waiter.end();
+        assert_eq!(next.code, 0, "{next:?}");
+        let theirs: u64 = next.stdout.trim().parse().expect("a token");
+        assert!(theirs > guard.token().get(), "{theirs} after {}", guard.token());
+        // A renewal has found it: a lease that is not renewed would have expired.
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+        drop(guard);
+        store.is_clean().await;
     }
 
     async fn the_demo_comes_to_its_result_and_leaves_nothing(store: &TestStore) {
@@ -105,8 +156,10 @@ on_each_store! { on(servers);
     }
 
     async fn commands_that_only_look_store_no_map(store: &TestStore) {
-        let commands: [&[&str]; 6] = [
+        let commands: [&[&str]; 8] = [
             &["inspect", "k"],
+            &["ls"],
+            &["break", "k", "--owner", "nobody"],
             &["map", "show"],
             &["doctor"],
             &["top", "--once", "--interval", "100ms"],
