@@ -23,19 +23,28 @@ impl Format {
     /// `text` is printed unchanged, to keep its line breaks and colours. The caller must pass any
     /// foreign text in it through [`printable`].
     pub(crate) fn print(&self, json: &impl Display, text: &str) -> Result<(), Failure> {
-        let mut out = io::stdout().lock();
-        let written = if self.json {
-            writeln!(out, "{}", json_line(&json.to_string()))
-        } else {
-            writeln!(out, "{}", text.trim_end())
-        };
-        match written.and_then(|()| out.flush()) {
-            // A reader such as `head` may close the pipe early. That is not an error.
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error)
-                .context("the result could not be written")
-                .map_err(Failure::system),
-            _ => Ok(()),
-        }
+        if self.json { print_json(json) } else { print_text(text) }
+    }
+}
+
+/// Prints one line of JSON.
+pub(crate) fn print_json(json: &impl Display) -> Result<(), Failure> {
+    print(&json_line(&json.to_string()))
+}
+
+/// Prints text, which is unchanged like that of [`Format::print`].
+pub(crate) fn print_text(text: &str) -> Result<(), Failure> {
+    print(text.trim_end())
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        // A reader such as `head` may close the pipe early. That is not an error.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error)
+            .context("the result could not be written")
+            .map_err(Failure::system),
+        _ => Ok(()),
     }
 }
 

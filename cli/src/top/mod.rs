@@ -10,9 +10,11 @@
 //! | `draw/` | draws the model into a buffer of any size |
 //! | `keys` | maps key presses to actions |
 //! | `screen` | takes over the terminal and restores it |
-//! | `live`, `once` | the interactive view; a single frame of plain text |
+//! | `live`, `once` | the interactive view; a single frame of plain text or JSON |
+//! | `json` | the model as one JSON document |
 
 mod draw;
+mod json;
 mod keys;
 mod live;
 mod model;
@@ -57,6 +59,10 @@ pub(crate) struct Args {
     #[arg(long)]
     once: bool,
 
+    /// With --once: print the frame as one line of JSON
+    #[arg(long, requires = "once")]
+    json: bool,
+
     /// The view to show first, or the only one with --once
     #[arg(long, value_enum)]
     view: Option<View>,
@@ -90,8 +96,8 @@ Keys:
 
 With shards, Redis servers are searched for keys at the start and on n only: in steps of 200 keys,
 at most --scan keys and two seconds per server and search. Each sample then reads the keys that
-were found, at most 1000; a key that is unused for a minute is dropped. On etcd, only the keys of
---key are shown. WAITERS are processes, and AGE counts from when top first saw the same holder.
+were found, at most 1000; a key that is unused for a minute is dropped. On etcd, the names of keys are
+read in steps of 1000. WAITERS are processes, and AGE counts from when top first saw the same holder.
 
 Exit code, with --once or if the view could not start:
   0   the view was shown
@@ -177,7 +183,7 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let poller = Poller::start(sources, args.interval);
     if !args.is_live() {
         let views = args.view.map_or(View::ALL.to_vec(), |view| vec![view]);
-        return once::print(model, poller, &views).await;
+        return once::print(model, poller, &views, args.json).await;
     }
     let settings = DisplaySettings {
         interval: args.interval,

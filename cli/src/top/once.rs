@@ -1,11 +1,11 @@
-//! One frame of plain text, for scripts, files and pipes.
+//! One frame of plain text or JSON, for scripts, files and pipes.
 
-use std::io::{self, Write};
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 
 use super::draw;
+use super::json;
 use super::model::{Model, View};
 use super::source::Poller;
 use crate::exit::{self, Failure};
@@ -16,7 +16,7 @@ const SAMPLES_PER_SOURCE: usize = 2;
 
 /// Prints the given views. Unavailable sources are reported on stderr and set the exit code to
 /// [`exit::UNAVAILABLE`].
-pub(super) async fn print(mut model: Model, mut poller: Poller, views: &[View]) -> Result<u8, Failure> {
+pub(super) async fn print(mut model: Model, mut poller: Poller, views: &[View], is_json: bool) -> Result<u8, Failure> {
     let count = model.sources().len();
     let mut remaining = vec![SAMPLES_PER_SOURCE; count];
     while remaining.iter().any(|samples| *samples > 0)
@@ -40,16 +40,10 @@ pub(super) async fn print(mut model: Model, mut poller: Poller, views: &[View]) 
     if unavailable.len() == count {
         return Err(Failure::new(exit::UNAVAILABLE, anyhow!(unavailable.join("; "))));
     }
-    let mut out = io::stdout().lock();
-    let text = draw::plain_text(&model, views, now);
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // A reader such as `head` that closes the pipe early is not an error.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(error)
-                .context("the output could not be written")
-                .map_err(Failure::system)?;
-        }
-        _ => {}
+    if is_json {
+        output::print_json(&json::document(&model, views, now))?;
+    } else {
+        output::print_text(&draw::plain_text(&model, views, now))?;
     }
     unavailable.iter().for_each(output::eprint);
     Ok(if unavailable.is_empty() {

@@ -104,10 +104,17 @@ fn values_of_a_server_can_not_reach_the_terminal_raw() {
         (&seen["holder"]["owner"], &seen["queue"][0]),
         (&json!(HOSTILE), &json!(HOSTILE))
     );
-    assert_printable(&run(tool(
-        &server,
+    let commands: [&[&str]; 6] = [
         &["top", "--once", "--interval", "100ms", "--key", "k"],
-    )));
+        &["top", "--once", "--json", "--interval", "100ms", "--key", "k"],
+        &["ls"],
+        &["ls", "--json"],
+        &["break", "k"],
+        &["break", "k", "--owner", "owned by another"],
+    ];
+    for args in commands {
+        assert_printable(&run(tool(&server, args)));
+    }
     assert_printable(&run(tool(&server, &["inspect", &format!("{HOSTILE}!")])));
 
     server.command(&["SET", "lock:%map", HOSTILE]);

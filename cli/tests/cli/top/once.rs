@@ -1,5 +1,6 @@
 //! A single frame of plain text.
 
+use serde_json::{Value, json};
 use support::server::free_port;
 use support::{PATIENCE, RedisServer, wait_until};
 
@@ -65,6 +66,59 @@ fn all_views_are_printed_with_rates_and_whole_keys() {
 }
 
 #[test]
+fn snapshot_is_printed_as_json() {
+    let server = RedisServer::start();
+    let mut load = Load::start(&server, true);
+    let gone = nobody();
+    let read = |load: &Load| {
+        let args = ["top", "--once", "--json", "--interval", "100ms", &load.address, &gone];
+        let ended = run(bare(&args));
+        assert_eq!(ended.code, 69, "{ended:?}");
+        serde_json::from_str::<Value>(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"))
+    };
+    let find = |read: &Value, view: &str, key: &str| {
+        let rows = read[view].as_array().expect("rows").iter();
+        rows.into_iter().find(|row| row["key"] == key).cloned()
+    };
+    let mut seen = Value::Null;
+    wait_until("a key is contended", PATIENCE, || {
+        load.goes_on();
+        seen = read(&load);
+        find(&seen, "hot", HOT).is_some_and(|hot| hot["contended_per_second"].is_f64())
+            && find(&seen, "held", STUCK).is_some()
+    });
+    let manager = seen["sources"][0]["manager"].as_str().expect("a manager");
+    assert!(manager.starts_with(&format!("{}-", load.process())), "{seen}");
+    assert_eq!(seen["sources"][1]["unavailable"], "connection refused", "{seen}");
+    let stuck = find(&seen, "held", STUCK).unwrap();
+    assert_eq!(
+        (&stuck["mode"], &stuck["holders"]),
+        (&json!("exclusive"), &json!(1)),
+        "{stuck}"
+    );
+    assert!(stuck["token"].is_u64() && stuck["age_ms"].is_u64(), "{stuck}");
+    assert_eq!(
+        (&seen["shards"][0]["name"], &seen["shards"][0]["up"]),
+        (&json!("eu-1"), &json!(true))
+    );
+    assert!(seen["totals"]["locks_per_second"].is_f64(), "{seen}");
+
+    let ended = run(bare(&[
+        "top",
+        "--once",
+        "--json",
+        "--view",
+        "held",
+        "--interval",
+        "100ms",
+        &load.address,
+    ]));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let held: Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    assert!(held["hot"].is_null() && held["held"].is_array(), "{held}");
+}
+
+#[test]
 fn unavailable_endpoint_is_reported_and_sets_the_exit_code() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, false);
@@ -109,6 +163,7 @@ fn a_wrong_command_line_says_what_is_wrong() {
         (&["https://a:1"][..], "plain HTTP"),
         (&["a:b"], "is not HOST:PORT"),
         (&["--interval", "1ms"], "from 100ms to 1h"),
+        (&["--json", "127.0.0.1:1"], "--once"),
         (&["--view", "hat"], "[possible values: hot, held, shards]"),
         (&["127.0.0.1:1", "--key", "k"], "--key is for looking at shards"),
         (&["127.0.0.1:1", "--shard", "memory://"], "cannot be used with"),
