@@ -19,6 +19,9 @@ _shardlock() {
             shardlock,bench)
                 cmd="shardlock__subcmd__bench"
                 ;;
+            shardlock,break)
+                cmd="shardlock__subcmd__break"
+                ;;
             shardlock,demo)
                 cmd="shardlock__subcmd__demo"
                 ;;
@@ -33,6 +36,9 @@ _shardlock() {
                 ;;
             shardlock,inspect)
                 cmd="shardlock__subcmd__inspect"
+                ;;
+            shardlock,ls)
+                cmd="shardlock__subcmd__ls"
                 ;;
             shardlock,map)
                 cmd="shardlock__subcmd__map"
@@ -49,6 +55,9 @@ _shardlock() {
             shardlock__subcmd__help,bench)
                 cmd="shardlock__subcmd__help__subcmd__bench"
                 ;;
+            shardlock__subcmd__help,break)
+                cmd="shardlock__subcmd__help__subcmd__break"
+                ;;
             shardlock__subcmd__help,demo)
                 cmd="shardlock__subcmd__help__subcmd__demo"
                 ;;
@@ -63,6 +72,9 @@ _shardlock() {
                 ;;
             shardlock__subcmd__help,inspect)
                 cmd="shardlock__subcmd__help__subcmd__inspect"
+                ;;
+            shardlock__subcmd__help,ls)
+                cmd="shardlock__subcmd__help__subcmd__ls"
                 ;;
             shardlock__subcmd__help,map)
                 cmd="shardlock__subcmd__help__subcmd__map"
@@ -107,7 +119,7 @@ _shardlock() {
 
     case "${cmd}" in
         shardlock)
-            opts="-h -V --help --version exec serve inspect doctor top slot map demo bench help"
+            opts="-h -V --help --version exec serve inspect ls break doctor top slot map demo bench help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -164,6 +176,36 @@ _shardlock() {
                     return 0
                     ;;
                 --plot)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --shard)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --set)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        shardlock__subcmd__break)
+            opts="-h -V --owner --json --shard --config --set --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --owner)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -349,7 +391,7 @@ _shardlock() {
             return 0
             ;;
         shardlock__subcmd__help)
-            opts="exec serve inspect doctor top slot map demo bench help"
+            opts="exec serve inspect ls break doctor top slot map demo bench help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -363,6 +405,20 @@ _shardlock() {
             return 0
             ;;
         shardlock__subcmd__help__subcmd__bench)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        shardlock__subcmd__help__subcmd__break)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -433,6 +489,20 @@ _shardlock() {
             return 0
             ;;
         shardlock__subcmd__help__subcmd__inspect)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        shardlock__subcmd__help__subcmd__ls)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -537,6 +607,40 @@ _shardlock() {
                 return 0
             fi
             case "${prev}" in
+                --shard)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --set)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        shardlock__subcmd__ls)
+            opts="-h -V --limit --scan --json --shard --config --set --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --limit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --scan)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --shard)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -783,7 +887,7 @@ _shardlock() {
             return 0
             ;;
         shardlock__subcmd__top)
-            opts="-h -V --admin --interval --once --view --key --scan --shard --config --set --help --version"
+            opts="-h -V --admin --interval --once --json --view --key --scan --shard --config --set --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -29,6 +29,8 @@ complete -c shardlock -n "__fish_shardlock_needs_command" -s V -l version -d 'Pr
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "exec" -d 'Run a command while holding a lock'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "serve" -d 'Run an agent: one manager for all workers of this host, which talk to it in the Redis protocol'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "inspect" -d 'Show who holds a key and who waits for it'
+complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "ls" -d 'List the held keys of all shards, with their holders and how many processes wait'
+complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "break" -d 'End a lease and pass the key on to the next waiter'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "doctor" -d 'Check the configuration against the servers and report problems with how to fix them'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "top" -d 'Watch contention live: hot keys, held locks and shards'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
@@ -79,6 +81,21 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand inspect" -l set -d '
 complete -c shardlock -n "__fish_shardlock_using_subcommand inspect" -l json -d 'Print the result as one line of JSON'
 complete -c shardlock -n "__fish_shardlock_using_subcommand inspect" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c shardlock -n "__fish_shardlock_using_subcommand inspect" -s V -l version -d 'Print version'
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -l limit -d 'The maximum number of keys to list' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -l scan -d 'About how many keys of a server may be searched, held or not' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -l shard -d 'A shard; repeat for several, in the same order in every process' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -l config -d 'The configuration file, in TOML [default: $SHARDLOCK_CONFIG]' -r -F
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -l set -d 'Any other setting of the configuration file, such as store_timeout=5s; repeatable' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -l json -d 'Print the result as one line of JSON'
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c shardlock -n "__fish_shardlock_using_subcommand ls" -s V -l version -d 'Print version'
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -l owner -d 'Whose lease to end, as `inspect` and `ls` show it' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -l shard -d 'A shard; repeat for several, in the same order in every process' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -l config -d 'The configuration file, in TOML [default: $SHARDLOCK_CONFIG]' -r -F
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -l set -d 'Any other setting of the configuration file, such as store_timeout=5s; repeatable' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -l json -d 'Print the result as one line of JSON'
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c shardlock -n "__fish_shardlock_using_subcommand break" -s V -l version -d 'Print version'
 complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -l shard -d 'A shard; repeat for several, in the same order in every process' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -l config -d 'The configuration file, in TOML [default: $SHARDLOCK_CONFIG]' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -l set -d 'Any other setting of the configuration file, such as store_timeout=5s; repeatable' -r
@@ -96,6 +113,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l shard -d 'A 
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l config -d 'The configuration file, in TOML [default: $SHARDLOCK_CONFIG]' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l set -d 'Any other setting of the configuration file, such as store_timeout=5s; repeatable' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l once -d 'Print one frame of plain text and exit; the default if standard output is not a terminal'
+complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l json -d 'With --once: print the frame as one line of JSON'
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -s V -l version -d 'Print version'
 complete -c shardlock -n "__fish_shardlock_using_subcommand slot" -l shard -d 'A shard; repeat for several, in the same order in every process' -r
@@ -157,15 +175,17 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l agent -d '
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l json -d 'Print the result as one line of JSON'
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -s V -l version -d 'Print version'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "exec" -d 'Run a command while holding a lock'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "serve" -d 'Run an agent: one manager for all workers of this host, which talk to it in the Redis protocol'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "inspect" -d 'Show who holds a key and who waits for it'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "doctor" -d 'Check the configuration against the servers and report problems with how to fix them'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "top" -d 'Watch contention live: hot keys, held locks and shards'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "map" -d 'Show or replace the shard map that is stored on the servers'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "demo" -d 'Show on real servers what goes wrong without a lock, that nothing does with it, and what it costs'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "bench" -d 'Measure the cost of locks: processes request them continuously, on given servers or on one started for the run'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect doctor top slot map demo bench help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "exec" -d 'Run a command while holding a lock'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "serve" -d 'Run an agent: one manager for all workers of this host, which talk to it in the Redis protocol'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "inspect" -d 'Show who holds a key and who waits for it'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "ls" -d 'List the held keys of all shards, with their holders and how many processes wait'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "break" -d 'End a lease and pass the key on to the next waiter'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "doctor" -d 'Check the configuration against the servers and report problems with how to fix them'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "top" -d 'Watch contention live: hot keys, held locks and shards'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "map" -d 'Show or replace the shard map that is stored on the servers'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "demo" -d 'Show on real servers what goes wrong without a lock, that nothing does with it, and what it costs'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "bench" -d 'Measure the cost of locks: processes request them continuously, on given servers or on one started for the run'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and __fish_seen_subcommand_from map" -f -a "show" -d 'Show what is stored, and what this configuration would store'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and __fish_seen_subcommand_from map" -f -a "set" -d 'Replace the stored map with that of this configuration'
