@@ -152,8 +152,12 @@ impl AgentConnection {
             });
         }
         let reply = self.reply.trim_end();
+        if let Some((":", number)) = reply.split_at_checked(1)
+            && let Ok(number) = number.parse()
+        {
+            return Ok(Some(number));
+        }
         match reply.split_at_checked(1) {
-            Some((":", number)) if let Ok(number) = number.parse() => Ok(Some(number)),
             Some(("$" | "*", "-1")) => Ok(None),
             Some(("-", error)) => Err(LockFailure {
                 kind: error.split(' ').next().unwrap_or_default().to_owned(),
