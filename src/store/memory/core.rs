@@ -504,7 +504,11 @@ impl MemoryCore {
                     ends: Some(ends),
                 })
             }
-            mode => lock.holders.push(HolderRecord { owner, mode, ends }),
+            mode => {
+                // A claim ignores the queue, so a cycle may hold when its turn comes.
+                lock.holders.retain(|holder| holder.owner != owner);
+                lock.holders.push(HolderRecord { owner, mode, ends });
+            }
         }
     }
 
