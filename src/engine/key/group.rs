@@ -15,8 +15,9 @@
 //!   and serves one guard at a time. It passes to the next task without network traffic if that
 //!   task asks for the same, and if the turn of the lane is not over.
 //!
-//! A turn serves the tasks that waited when it began, as for exclusive locks. So a claim counts as
-//! waiting for as long as the task that it was made for.
+//! A turn serves the tasks that waited when it began, as for exclusive locks, and that of a permit
+//! only a part of them: the line divided by the number of lanes. So a claim counts as waiting for as
+//! long as the task that it was made for.
 //!
 //! Claims belong to nobody: whichever lane is granted first serves the first task. Tasks that were
 //! served, or gave up, leave claims behind, and the latest of those are given up. Nobody is passed:
@@ -27,8 +28,8 @@ use std::sync::Arc;
 
 use super::outage::Trouble;
 use super::{
-    Bound, Context, Effects, Granted, InOutage, Lease, LockMode, LossReason, Moment, Outage, Outcome, Path, Queue,
-    Rare, Waiter, WaiterId, WaiterOptions, Waiters,
+    Context, Effects, Granted, InOutage, Lease, LockMode, LossReason, Moment, Outage, Outcome, Path, Queue, Rare,
+    Waiter, WaiterId, WaiterOptions, Waiters,
 };
 use crate::error::{Failure, LockError};
 use crate::fence::FencingToken;
@@ -508,9 +509,12 @@ impl<W> Group<W> {
         effects: &mut Effects<W>,
         event: impl FnOnce(&mut Queue<Nobody>) -> Effects<Nobody>,
     ) {
-        let beside = self.waiters.len() as u64;
+        let waiting = self.waiters.len();
         let Some(lane) = self.lanes.get_mut(index) else { return };
-        lane.queue.beside = if lane.mode == LockMode::Shared { beside } else { 0 };
+        match lane.mode {
+            LockMode::Permits { weight, limit } => lane.queue.share = share_of_turn(waiting, weight, limit),
+            LockMode::Shared | LockMode::Exclusive => lane.queue.beside = waiting as u64,
+        }
         let done = event(&mut lane.queue);
         let mut reason = LossReason::Expired;
         if let Some(rare) = done.rare {
@@ -626,7 +630,7 @@ impl<W> Group<W> {
         // The task that the claim was made for may have been served elsewhere, and the turn may not
         // include the next one. The hold then ends without a guard.
         if let Some((id, since)) = found.map(|(id, waiter)| (id, waiter.since))
-            && lane.queue.reached_bound(since, cx) != Some(Bound::Gate)
+            && !lane.queue.came_later(since)
         {
             self.admit(index, id, token, granted.path, cx, effects);
         }
@@ -859,4 +863,14 @@ impl<W> Group<W> {
             effects.wake(waiter.waker.take());
         }
     }
+}
+
+/// The largest number of tasks that a turn of a permit's lane serves, with `waiting` tasks in line.
+///
+/// A process may have several lanes, and a turn of each that served the whole line would be the
+/// longer the fewer there are. With their parts of the line, the number of turns decides, and that
+/// is the store's queue.
+fn share_of_turn(waiting: usize, weight: u16, limit: u16) -> u32 {
+    let lanes = usize::from(limit / weight.max(1)).clamp(1, CLAIMS_MAX);
+    u32::try_from(waiting.div_ceil(lanes)).unwrap_or(u32::MAX).max(1)
 }

@@ -42,7 +42,7 @@ impl<W> Queue<W> {
         // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
         // some.
         let remote_waiters = self.remote_waiters_seen || cycle.expects_rivals();
-        let turn = Turn::begin(cx.now, 0, self.in_line());
+        let turn = Turn::begin(cx.now, 0, self.in_line(), self.share);
         self.phase = Phase::Held(Held {
             lease: Arc::new(Lease::new(cycle, valid_until, ttl)),
             tokens,
@@ -108,9 +108,9 @@ impl<W> Queue<W> {
 
     /// Other managers wait for what we hold. A lingering lease is released to them.
     pub(super) fn note_remote_waiters(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let waiting = self.in_line();
+        let (waiting, share) = (self.in_line(), self.share);
         let Phase::Held(held) = &mut self.phase else { return };
-        held.note_remote_waiters(waiting, cx.now);
+        held.note_remote_waiters(waiting, share, cx.now);
         self.remote_waiters_seen = true;
         self.end_linger(cx, effects);
     }
@@ -233,8 +233,13 @@ impl<W> Queue<W> {
         self.resolve(id, outcome, effects);
     }
 
-    /// Why our lease must not serve a task that has waited since `asked_at`, if remote waiters are
-    /// the reason.
+    /// Whether a task that has waited since `asked_at` came after the turn of our lease began.
+    pub(super) fn came_later(&self, asked_at: Moment) -> bool {
+        matches!(&self.phase, Phase::Held(held) if held.came_later(asked_at))
+    }
+
+    /// Why our lease must not serve one more task, which has waited since `asked_at`, if remote
+    /// waiters are the reason.
     pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
         match &self.phase {
             Phase::Held(held) => held.reached_bound(asked_at, cx),

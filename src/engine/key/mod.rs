@@ -111,6 +111,8 @@ pub(crate) struct Queue<W> {
     ttl: Duration,
     /// The number of tasks that would hold the key beside the first waiter. Each needs a token.
     beside: u64,
+    /// The largest number of tasks that a turn serves.
+    share: u32,
     /// The epoch in which the current or most recent request was made.
     asked_in: u32,
     /// Set while requests for this key fail because the store is unreachable.
@@ -140,6 +142,7 @@ impl<W> Queue<W> {
             waiters: Waiters::new(),
             ttl: Duration::from_secs(1),
             beside: 0,
+            share: u32::MAX,
             asked_in: 0,
             trouble: None,
             has_mixed_classes: false,

@@ -108,6 +108,9 @@ pub(super) struct Turn {
     began: Moment,
     /// The number of guards served so far.
     served: u32,
+    /// The largest number of guards that it serves. Bounded for permits, of which a process may
+    /// have several at a time: each serves its part of the line.
+    share: u32,
     /// The largest number of tasks still to serve: tasks that have given up may be included.
     left: u32,
 }
@@ -149,11 +152,13 @@ impl Acquiring {
 }
 
 impl Turn {
-    pub(super) fn begin(now: Moment, served: u32, waiting: u64) -> Self {
+    /// `waiting` tasks are in line, of which the turn serves `share` at most.
+    pub(super) fn begin(now: Moment, served: u32, waiting: u64, share: u32) -> Self {
         Self {
             began: now,
             served,
-            left: u32::try_from(waiting).unwrap_or(u32::MAX),
+            share,
+            left: u32::try_from(waiting).unwrap_or(u32::MAX).min(share),
         }
     }
 
@@ -216,18 +221,25 @@ impl Held {
         self.confirmed_until = self.confirmed_until.max(sent_at + cx.rules.confirmed_for(ttl));
     }
 
-    /// Begins a turn, unless remote waiters were known before. The present guard belongs to it.
-    pub(super) fn note_remote_waiters(&mut self, waiting: u64, now: Moment) {
-        self.turn.get_or_insert(Turn::begin(now, 1, waiting));
+    /// Begins a turn, unless remote waiters were known before. The present guard belongs to it, but
+    /// has no part of the share: it does not wait any more.
+    pub(super) fn note_remote_waiters(&mut self, waiting: u64, share: u32, now: Moment) {
+        self.turn
+            .get_or_insert(Turn::begin(now, 1, waiting, share.saturating_add(1)));
     }
 
-    /// Why the turn must not serve a task that has waited since `asked_at`, if it must not.
+    /// Whether a task that has waited since `asked_at` came after the turn began.
+    pub(super) fn came_later(&self, asked_at: Moment) -> bool {
+        self.turn.as_ref().is_some_and(|turn| asked_at > turn.began)
+    }
+
+    /// Why the turn must not serve one more task, which has waited since `asked_at`, if it must not.
     pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
         let turn = self.turn.as_ref()?;
-        let came_later = asked_at > turn.began;
+        let came_later = self.came_later(asked_at);
         #[cfg(test)]
         let came_later = came_later && !cx.rules.has(Flaw::ServesNewcomers);
-        if came_later {
+        if came_later || turn.served >= turn.share {
             Some(Bound::Gate)
         } else if turn.served >= cx.rules.max_burst {
             Some(Bound::Burst)

@@ -550,9 +550,10 @@ fn claim_of_a_turn_serves_no_task_that_came_later() {
         mode: permits(1, 2),
         ..WANT
     };
-    let included = few.event(|group, cx| group.want(want, Some(8), cx));
+    let [included, gives_up] = [7, 8].map(|waker| few.event(|group, cx| group.want(want, Some(waker), cx)));
     // The turns of both leases begin. The second has a token to spare.
     assert!(few.step(Step::Wanted) && few.step(Step::Pushed) && few.step(Step::Collect(1)));
+    few.event(|group, cx| ((), group.give_up(gives_up, cx)));
     let cycles = [0, 1].map(|task| few.guards[task].as_ref().unwrap().lease.cycle);
     assert!(few.step(Step::Release(0)));
     assert!(matches!(few.in_flight[..], [Request::Acquire { cycle, .. }] if cycle == cycles[0]));
@@ -572,4 +573,35 @@ fn claim_of_a_turn_serves_no_task_that_came_later() {
         few.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
     }
     few.check_end();
+}
+
+/// A process with few leases would otherwise have longer turns than one with many.
+#[test]
+fn turn_of_a_permit_serves_its_part_of_the_line() {
+    for (limit, waiting, served) in [(1, 3, 3), (2, 6, 3), (2, 5, 3), (4, 6, 2), (10, 6, 1), (1_000, 16, 2)] {
+        let mode = permits(1, limit);
+        let mut few = Few::new([mode; 2]);
+        for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0)] {
+            assert!(few.step(step));
+        }
+        let want = WaiterOptions { mode, ..WANT };
+        let ask = |_| few.event(|group, cx| group.want(want, Some(9), cx));
+        let waiting: Vec<_> = (0..waiting).map(ask).collect();
+        // Other processes have the other permits.
+        while few.step(Step::Queued(Oldest)) {}
+        assert!(few.step(Step::Wanted) && few.step(Step::Release(0)));
+        let mut in_turn = 0;
+        for id in waiting {
+            // The tokens may be used up.
+            if let Some(Request::Acquire { .. }) = few.in_flight.first() {
+                assert!(few.step(Step::Granted(Oldest)));
+            }
+            let Some(Outcome::Granted(guard)) = few.group.collect(id) else {
+                break;
+            };
+            in_turn += 1;
+            few.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
+        }
+        assert_eq!(in_turn, served, "a limit of {limit}");
+    }
 }
