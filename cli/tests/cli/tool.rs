@@ -46,6 +46,9 @@ pub(crate) struct Run {
     outputs: TempDir,
 }
 
+/// The library's warning of a stall.
+const STALLED: &str = "the background thread stalled";
+
 /// How the tool ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
@@ -68,8 +71,12 @@ impl Run {
         fs::read_to_string(self.outputs.path().join("stdout")).expect("read standard output")
     }
 
+    /// What the tool has reported. That the machine was too busy to run it for a while is left out:
+    /// it says nothing about the tool.
     pub(crate) fn stderr(&self) -> String {
-        fs::read_to_string(self.outputs.path().join("stderr")).expect("read standard error")
+        let text = fs::read_to_string(self.outputs.path().join("stderr")).expect("read standard error");
+        let lines = text.split_inclusive('\n');
+        lines.filter(|line| !line.contains(STALLED)).collect()
     }
 
     pub(crate) fn take_stdin(&mut self) -> Option<ChildStdin> {
