@@ -21,6 +21,7 @@ mod documents;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fencing_sql;
+mod late_requests;
 mod lead;
 mod leases;
 mod limits;
@@ -31,7 +32,9 @@ mod modes;
 mod order;
 mod others;
 mod pauses;
+mod pooled_connections;
 mod redlock;
+mod refused_connections;
 mod replicas;
 mod rooms;
 mod send_sync;
