@@ -24,7 +24,7 @@ mod clock;
 mod cycle;
 #[path = "../src/engine/mod.rs"]
 mod engine;
-#[path = "../src/error.rs"]
+#[path = "../src/error/mod.rs"]
 mod error;
 #[path = "../src/fence.rs"]
 mod fence;

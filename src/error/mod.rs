@@ -1,16 +1,17 @@
 //! The errors of the library, and what to do about each.
 
+mod failure;
+mod reason;
+
 use std::convert::Infallible;
 use std::error::Error;
 use std::fmt;
-use std::io;
-use std::ops::Deref;
-use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use self::failure::Failure;
+pub(crate) use self::reason::Reason;
 use crate::fence::FencingToken;
 pub use crate::fence::TokenRangeError;
-use crate::mode::LockMode;
 
 /// Why a lock could not be acquired or kept.
 ///
@@ -134,136 +135,6 @@ impl fmt::Display for LockErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
-}
-
-/// The content of a [`LockError`], in which the crate itself matches.
-#[derive(Debug, Clone, thiserror::Error)]
-pub(crate) enum Failure {
-    #[error(transparent)]
-    Invalid(#[from] InvalidSetting),
-
-    #[error(
-        "timed out waiting for lock {key:?} on shard {shard}; raise the timeout, or look at who holds it with `shardlock inspect`"
-    )]
-    Timeout {
-        key: String,
-        shard: String,
-        waited: Duration,
-        limit: Duration,
-    },
-
-    #[error(
-        "{waiting} tasks of this process already wait for lock {key:?} (max_waiters_per_key = {limit}); shed load or raise the limit"
-    )]
-    QueueFull {
-        key: String,
-        shard: String,
-        waiting: usize,
-        limit: usize,
-    },
-
-    #[error("shard {shard:?} cannot hold {key:?} in mode {mode}: {reason}; use another kind of shard for it")]
-    Unsupported {
-        key: String,
-        shard: String,
-        mode: LockMode,
-        /// What the shard lacks.
-        reason: &'static str,
-    },
-
-    #[error(
-        "{waiting} tasks of this process already wait for locks, so {key:?} was refused (max_waiters = {limit}); shed load or raise the limit"
-    )]
-    TooManyWaiters {
-        key: String,
-        shard: String,
-        waiting: usize,
-        limit: usize,
-    },
-
-    #[error(
-        "this process already uses {used} keys, so {key:?} was refused (max_keys = {limit}); release some or raise the limit"
-    )]
-    TooManyKeys {
-        key: String,
-        shard: String,
-        used: usize,
-        limit: usize,
-    },
-
-    #[error(
-        "shard {shard} holds {leases} leases, more than it can renew in time, so {key:?} was refused; release some, or use longer ttls or more shards"
-    )]
-    TooManyLeases { key: String, shard: String, leases: usize },
-
-    #[error(
-        "shard {shard} is down and {waiting} keys wait for its return (at most {limit} may), so {key:?} was refused; try again later, or check the server"
-    )]
-    ShardDown {
-        key: String,
-        shard: String,
-        waiting: usize,
-        limit: usize,
-    },
-
-    #[error("shard {shard} is unavailable ({step}{}): {reason}; retry, or check the server", on_key(.key))]
-    Unavailable {
-        shard: String,
-        /// The step that failed: `connect`, `acquire`, `release` and so on.
-        step: &'static str,
-        key: Option<String>,
-        waited: Duration,
-        reason: Reason,
-    },
-
-    #[error("shard {shard} refused ({step}{}): {reason}", on_key(.key))]
-    Refused {
-        shard: String,
-        step: &'static str,
-        key: Option<String>,
-        /// The message of the server, and what to do about it.
-        reason: Reason,
-    },
-
-    #[error(
-        "shard {shard} is in use with another shard map: the server has `{theirs}` under the key {map_key:?}, this manager has `{ours}`; give \
-         every manager the same shards in the same order, or, if the change is meant, stop all managers and replace the map with \
-         `shardlock map set` (`shardlock map show` has the maps of all shards)"
-    )]
-    ShardMapMismatch {
-        /// The name of the shard in this manager.
-        shard: String,
-        ours: String,
-        theirs: String,
-        /// The key under which the map is stored.
-        map_key: String,
-    },
-
-    #[error("lock {key:?} (token {token}) was lost: {reason}")]
-    Lost {
-        key: String,
-        shard: String,
-        token: FencingToken,
-        reason: LossReason,
-    },
-
-    #[error(
-        "shard {shard} issued token {token} for lock {key:?} after {floor} had been seen; the lock was released; check the server's clock and data"
-    )]
-    TokenRegression {
-        key: String,
-        shard: String,
-        token: u64,
-        /// The token should have been larger than this number.
-        floor: u64,
-    },
-
-    #[error("the lock manager was shut down")]
-    Closed,
-}
-
-fn on_key(key: &Option<String>) -> String {
-    key.as_ref().map(|key| format!(" {key:?}")).unwrap_or_default()
 }
 
 impl LockError {
@@ -497,87 +368,9 @@ impl Error for LockError {
     /// The I/O error because of which a shard is unavailable, if there is one.
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match &*self.0 {
-            Failure::Unavailable { reason, .. } | Failure::Refused { reason, .. } => {
-                reason.io.as_deref().map(|io| io as &(dyn Error + 'static))
-            }
+            Failure::Unavailable { reason, .. } | Failure::Refused { reason, .. } => reason.io(),
             _ => None,
         }
-    }
-}
-
-/// Why a store could not do something: a text for people, and the I/O error behind it if there was
-/// one. Other errors of client libraries are not kept, because they may contain passwords.
-#[derive(Clone, Default)]
-pub(crate) struct Reason {
-    text: Arc<str>,
-    io: Option<Arc<io::Error>>,
-}
-
-impl Reason {
-    /// Adds the first I/O error among this error and its causes.
-    pub(crate) fn caused_by(mut self, error: &(dyn Error + 'static)) -> Self {
-        /// How the Redis client returns a cause.
-        type Shared = Arc<dyn Error + Send + Sync>;
-
-        let mut causes = std::iter::successors(Some(error), |&error| error.source());
-        let io = causes.find_map(|cause| match cause.downcast_ref::<Shared>() {
-            Some(shared) => shared.downcast_ref::<io::Error>(),
-            None => cause.downcast_ref(),
-        });
-        // An `io::Error` can't be cloned.
-        self.io = io.map(|io| {
-            Arc::new(match io.raw_os_error() {
-                Some(code) => io::Error::from_raw_os_error(code),
-                None => io::Error::new(io.kind(), io.to_string()),
-            })
-        });
-        self
-    }
-
-    /// Changes the text and keeps the cause.
-    pub(crate) fn map(self, change: impl FnOnce(&str) -> String) -> Self {
-        Self {
-            text: change(&self.text).into(),
-            io: self.io,
-        }
-    }
-}
-
-impl Deref for Reason {
-    type Target = str;
-
-    fn deref(&self) -> &str {
-        &self.text
-    }
-}
-
-impl From<String> for Reason {
-    fn from(text: String) -> Self {
-        Self {
-            text: text.into(),
-            io: None,
-        }
-    }
-}
-
-impl From<&str> for Reason {
-    fn from(text: &str) -> Self {
-        Self {
-            text: text.into(),
-            io: None,
-        }
-    }
-}
-
-impl fmt::Debug for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.text, f)
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
     }
 }
 
@@ -685,6 +478,9 @@ impl InvalidSetting {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::sync::Arc;
+
     use super::*;
 
     fn unavailable(waited: Duration, reason: Reason) -> LockError {
