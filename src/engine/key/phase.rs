@@ -233,7 +233,8 @@ impl Held {
         self.turn.as_ref().is_some_and(|turn| asked_at > turn.began)
     }
 
-    /// Why the turn must not serve one more task, which has waited since `asked_at`, if it must not.
+    /// Why the turn must not serve one more task, which has waited since `asked_at`, if it must
+    /// not.
     pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
         let turn = self.turn.as_ref()?;
         let came_later = self.came_later(asked_at);

@@ -16,8 +16,8 @@
 //!   task asks for the same, and if the turn of the lane is not over.
 //!
 //! A turn serves the tasks that waited when it began, as for exclusive locks, and that of a permit
-//! only a part of them: the line divided by the number of lanes. So a claim counts as waiting for as
-//! long as the task that it was made for.
+//! only a part of them: the line divided by the number of lanes. So a claim counts as waiting for
+//! as long as the task that it was made for.
 //!
 //! Claims belong to nobody: whichever lane is granted first serves the first task. Tasks that were
 //! served, or gave up, leave claims behind, and the latest of those are given up. Nobody is passed:
