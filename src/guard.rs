@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Moment;
-use crate::driver::{Entry, Job};
+use crate::driver::Entry;
 use crate::engine::{Granted, Request};
 use crate::error::{Failure, LockError, LossReason};
 use crate::fence::FencingToken;
@@ -254,10 +254,7 @@ impl LockGuard {
 
     fn send_to_background(&self, request: Option<Request>) {
         if let Some(request) = request {
-            self.entry.shard.send(Job::Request {
-                entry: Arc::clone(&self.entry),
-                request,
-            });
+            self.entry.execute_in_background(request);
         }
     }
 }
@@ -279,5 +276,22 @@ impl fmt::Debug for LockGuard {
             .field("shard", &self.shard())
             .field("remaining", &self.remaining())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::LockManager;
+
+    /// While one guard stays, others come and go for as long as the process lives.
+    #[tokio::test]
+    async fn guards_that_are_gone_leave_nothing_behind_while_others_hold_the_key() {
+        let locks = LockManager::connect("memory://").await.unwrap();
+        let guard = locks.lock("k").shared().await.unwrap();
+        for _ in 0..100 {
+            locks.lock("k").shared().await.unwrap().release().await.unwrap();
+            drop(locks.try_lock("k").shared().await.unwrap().unwrap());
+        }
+        assert_eq!(guard.entry.known_holders(), 1);
     }
 }

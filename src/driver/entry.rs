@@ -41,10 +41,10 @@ struct State {
     removed: bool,
     /// Contention recorded since the last flush to the manager.
     contention: Option<Box<KeyContention>>,
-    /// Who collected the last guard. The queue knows whether that guard is still out.
+    /// Who collected the last guard of an exclusive lock. The queue knows whether it is still out.
     holding: Option<HolderInfo>,
-    /// Who collected the guards before it that are still out. Empty for exclusive locks.
-    holding_too: Vec<HolderInfo>,
+    /// Who collected the guards of another mode that are still out.
+    holding_together: Vec<HolderInfo>,
 }
 
 /// The counted properties of a queue.
@@ -141,14 +141,16 @@ impl State {
     fn note(&mut self, outcome: &Outcome, asked: Origin) -> Option<Box<KeyContention>> {
         match outcome {
             Outcome::Granted(granted) => {
-                let before = self.holding.replace(HolderInfo {
+                let holder = HolderInfo {
                     token: granted.token,
                     since: granted.at,
                     caller: asked.caller,
                     class: asked.class,
-                });
-                if !self.queue.is_exclusive() {
-                    self.holding_too.extend(before);
+                };
+                if self.queue.is_exclusive() {
+                    self.holding = Some(holder);
+                } else {
+                    self.holding_together.push(holder);
                 }
                 if matches!(granted.path, Path::Uncontended | Path::Lingering | Path::Joined) {
                     return None;
@@ -170,7 +172,7 @@ impl Entry {
             removed: false,
             contention: None,
             holding: None,
-            holding_too: Vec::new(),
+            holding_together: Vec::new(),
         });
         Arc::new(Self {
             mode,
@@ -274,7 +276,7 @@ impl Entry {
     pub(crate) fn look(&self, now: Moment) -> KeySnapshot {
         let state = self.state.lock();
         let held = state.queue.guards().map(|(lease, token)| {
-            let all = state.holding.iter().chain(&state.holding_too);
+            let all = state.holding.iter().chain(&state.holding_together);
             let holding = all.into_iter().find(|holding| holding.token == token);
             HeldSnapshot {
                 cycle: lease.cycle,
@@ -293,6 +295,13 @@ impl Entry {
                 .waiting_since()
                 .map_or(Duration::ZERO, |since| now.since(since)),
         }
+    }
+
+    /// The number of guards whose holders are known.
+    #[cfg(test)]
+    pub(crate) fn known_holders(&self) -> usize {
+        let state = self.state.lock();
+        state.holding.iter().len() + state.holding_together.len()
     }
 
     /// Calls `see` with the options and the wait so far of the waiters; see [`Queue::each_wait`].
@@ -338,7 +347,11 @@ impl Entry {
         now: Moment,
     ) -> (bool, Option<Request>) {
         if !self.mode.is_exclusive() {
-            self.state.lock().holding_too.retain(|holding| holding.token != token);
+            let mut state = self.state.lock();
+            let holders = &mut state.holding_together;
+            if let Some(index) = holders.iter().position(|holder| holder.token == token) {
+                holders.swap_remove(index);
+            }
         }
         self.apply(now, |queue, cx| queue.released(cycle, token, cx))
     }
@@ -350,11 +363,16 @@ impl Entry {
     ) {
         let ((), request) = self.apply(Moment::now(), |queue, cx| ((), event(queue, cx)));
         if let Some(request) = request {
-            self.shard.send(Job::Request {
-                entry: Arc::clone(self),
-                request,
-            });
+            self.execute_in_background(request);
         }
+    }
+
+    /// Lets the background thread execute a request.
+    pub(crate) fn execute_in_background(self: &Arc<Self>, request: Request) {
+        self.shard.send(Job::Request {
+            entry: Arc::clone(self),
+            request,
+        });
     }
 
     /// Applies an event at the given time and carries out its effects. A request is returned to the
@@ -469,10 +487,7 @@ impl Entry {
             self.shard.metrics.served(guards);
         }
         for request in more_requests {
-            self.shard.send(Job::Request {
-                entry: Arc::clone(self),
-                request,
-            });
+            self.execute_in_background(request);
         }
         for reason in lost {
             self.shard.metrics.lost(reason);
