@@ -11,7 +11,7 @@ use tokio::time::Sleep;
 
 use super::LockRequest;
 use crate::clock::Moment;
-use crate::driver::{Completed, Entry, Job, Origin, Settled};
+use crate::driver::{Completed, Entry, Origin, Settled};
 use crate::engine::WaiterId;
 use crate::error::{Failure, LockError, LossReason};
 use crate::guard::LockGuard;
@@ -93,7 +93,13 @@ impl Acquiring {
         want.class = self.class_number();
         let shard = self.request.manager.shard(key);
         let (entry, wanted) = shard.want(key, want, cx.waker(), self.asked_at)?;
-        let in_flight = wanted.request.map(|request| drive(&entry, request));
+        let mut in_flight = None;
+        match wanted.request {
+            // This waiter will not wait for the reply: it is for those that come later.
+            Some(request) if wanted.is_settled => entry.execute_in_background(request),
+            Some(request) => in_flight = Some(drive(&entry, request)),
+            None => {}
+        }
         let waiter = QueuedWaiter {
             entry,
             id: wanted.id,
@@ -287,12 +293,7 @@ impl QueuedWaiter {
             self.in_flight = None;
             match driven.next {
                 // This waiter has its outcome; the next request is for other waiters.
-                Some(request) if self.entry.is_settled(self.id) => {
-                    self.entry.shard.send(Job::Request {
-                        entry: Arc::clone(&self.entry),
-                        request,
-                    });
-                }
+                Some(request) if self.entry.is_settled(self.id) => self.entry.execute_in_background(request),
                 Some(request) => self.in_flight = Some(drive(&self.entry, request)),
                 None => {}
             }

@@ -129,15 +129,23 @@ impl World {
         self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));
         let order = self.number();
         let (id, request) = self.event(m, k, |queue, cx| queue.want(want, Some(task), cx));
-        let driving =
-            request.map(|request| self.send(m, k, Order::Queue(request), Driver::Task(task), Priority::Foreground));
+        let was_settled = self.managers[m].queues[k].is_settled(id);
+        let mut driving = None;
+        match request {
+            Some(request) if was_settled => self.job(m, Job::Request { k, request }),
+            Some(request) => {
+                let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Priority::Foreground);
+                driving = Some(request);
+            }
+            None => {}
+        }
         let waiting = Waiting {
             k,
             id,
             order,
             try_only: want.try_only,
             mode,
-            was_settled: self.managers[m].queues[k].is_settled(id),
+            was_settled,
             asked_at: self.now,
             bypass: Bypass::default(),
             min_hold: want.min_hold,

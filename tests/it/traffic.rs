@@ -1,9 +1,11 @@
 //! The cost of locking on the server, as counted by the server.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use shardlock::LockManager;
+use shardlock::{LockManager, LockRequest};
 use support::RedisServer;
 use support_locks::{Locker, TestStore, lock, on_each_store, soon, until_queued};
 use tokio::task::JoinSet;
@@ -76,6 +78,31 @@ async fn wait(store: &TestStore, watcher: &LockManager, ttl: Duration) -> JoinSe
         until_queued(watcher, "k", place).await;
     }
     waiting
+}
+
+/// Tasks of one process hold the key again and again, several at a time.
+async fn rarely_need_the_server(store: &TestStore, request: fn(&LockManager) -> LockRequest) {
+    const LOCKS: u32 = 20_000;
+
+    let locks = connect(store, LONG_TTL).await;
+    let (server, count) = (store.server(), Arc::new(AtomicU32::new(0)));
+    server.reset_stats();
+    let mut tasks = JoinSet::new();
+    for _ in 0..64 {
+        let (locks, count) = (locks.clone(), Arc::clone(&count));
+        tasks.spawn(async move {
+            // They end together: the last ones would find a free key each time.
+            while count.fetch_add(1, Ordering::Relaxed) < LOCKS {
+                drop(request(&locks).await.expect("the lock"));
+            }
+        });
+    }
+    while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+        ended.expect("a task");
+    }
+    // More tokens are reserved at a time, the more of them are used during a round trip.
+    let calls = server.script_calls();
+    assert!(calls <= u64::from(LOCKS) / 200, "{calls} {:?}", server.commands());
 }
 
 on_each_store! {
@@ -173,6 +200,14 @@ on_each_store! {
         // A few calls to reserve more tokens, and the last release.
         assert!(server.script_calls() <= 20, "{:?}", server.commands());
         assert_eq!(server.publishes(), 0);
+    }
+
+    async fn readers_of_one_process_rarely_need_the_server(store: &TestStore) {
+        rarely_need_the_server(store, |locks| locks.lock("k").shared()).await;
+    }
+
+    async fn permits_of_one_process_rarely_need_the_server(store: &TestStore) {
+        rarely_need_the_server(store, |locks| locks.permits("k", 2)).await;
     }
 
     async fn a_free_key_costs_two_plain_commands_and_one_script_call(store: &TestStore) {

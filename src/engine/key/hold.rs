@@ -54,6 +54,7 @@ impl<W> Queue<W> {
             min_hold_until: None,
             extending: false,
             in_doubt: false,
+            extension_failed: false,
             turn: remote_waiters.then_some(turn),
             served_in_all: 0,
             renew_at: sent_at + cx.rules.renew_every(ttl),
@@ -87,6 +88,7 @@ impl<W> Queue<W> {
                 // This confirmation suffices for the next guard, no matter how long the reply took.
                 held.confirmed_until = held.confirmed_until.max(cx.now);
                 held.add_tokens(tokens);
+                held.extension_failed = false;
                 if matches!(held.occupant, Occupant::Nobody) {
                     if queued > 0 {
                         self.note_remote_waiters(cx, effects);
@@ -195,7 +197,7 @@ impl<W> Queue<W> {
         let Some(id) = self.waiters.first() else {
             return self.pass_on(cx, effects);
         };
-        let waiting = self.waiters.len();
+        let waiting = self.in_line();
         let Phase::Held(held) = &mut self.phase else { return };
         // Renewals keep the validity close to the full TTL. If little is left, renewals are failing
         // and the lease should not be passed on.
@@ -247,7 +249,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// The number of tasks that a turn which begins now will serve.
+    /// The number of tasks that wait for our lease.
     fn in_line(&self) -> u64 {
         (self.waiters.len() as u64).max(self.beside)
     }
@@ -272,8 +274,7 @@ impl<W> Queue<W> {
         };
         let is_good = held.lease.remaining(cx.now) * 4 >= self.ttl && held.is_confirmed(cx);
         let token = if is_good { held.serve_next() } else { None };
-        // If the last extension had no reply, the next one would have none either.
-        if !held.in_doubt && (token.is_none() || held.is_low_on_tokens(cx)) {
+        if !held.extension_failed && (token.is_none() || held.is_low_on_tokens(cx)) {
             self.extend(cx, &mut effects);
         }
         (token, effects)

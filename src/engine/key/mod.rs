@@ -109,7 +109,8 @@ pub(crate) struct Queue<W> {
     waiters: Waiters<Waiter<W>>,
     /// The TTL of the next request: that of the first waiter, or of the last one that was first.
     ttl: Duration,
-    /// The number of tasks that would hold the key beside the first waiter. Each needs a token.
+    /// The number of tasks that are to be served under our lease, if they are in line elsewhere.
+    /// Each needs a token.
     beside: u64,
     /// The largest number of tasks that a turn serves.
     share: u32,

@@ -87,6 +87,8 @@ pub(super) struct Held {
     /// An extension got no reply. It may execute after the release, so the release has to be
     /// repeated.
     pub(super) in_doubt: bool,
+    /// The last extension failed. The next one would probably fail as well.
+    pub(super) extension_failed: bool,
     /// Set once remote waiters are known.
     pub(super) turn: Option<Turn>,
     /// The total number of guards served, including those before remote waiters were known.

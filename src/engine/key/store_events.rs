@@ -95,7 +95,7 @@ impl<W> Queue<W> {
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
                 held.extending = false;
-                held.in_doubt = true;
+                (held.in_doubt, held.extension_failed) = (true, true);
                 if held.guard().is_none() {
                     self.suffer(error, outage, cx, &mut effects);
                     // There is no token for the remaining waiters; a new cycle serves them.

@@ -83,7 +83,10 @@ impl<W> Group<W> {
         let waiting = self.waiters.len();
         let Some(lane) = self.lanes.get_mut(index) else { return };
         match lane.mode {
-            LockMode::Permits { weight, limit } => lane.queue.share = share_of_turn(waiting, weight, limit),
+            LockMode::Permits { weight, limit } => {
+                let share = share_of_turn(waiting, weight, limit);
+                (lane.queue.share, lane.queue.beside) = (share, share.into());
+            }
             LockMode::Shared | LockMode::Exclusive => lane.queue.beside = waiting as u64,
         }
         let done = event(&mut lane.queue);
