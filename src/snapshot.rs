@@ -111,9 +111,25 @@ pub struct ShardState {
     /// Whether the last request was answered and the shard accepts locks. Every shard is probed
     /// every few seconds even without requests: its primary, each primary of a cluster, a majority
     /// of a quorum or of etcd. The probe of a Redis server is a write that changes nothing, so a
-    /// server counts as down if it is out of memory, can't persist, lacks replicas or is a replica.
+    /// server counts as down if it is out of memory, can't persist, lacks replicas, is a replica or
+    /// does not let the user write.
     #[cfg_attr(feature = "serde", serde(rename = "up"))]
     pub is_up: bool,
+    /// Why the last request failed, if the shard is down. May name a server, but never contains a
+    /// password.
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+    pub reason: Option<String>,
+    /// How long the shard has been down, if it is.
+    #[cfg_attr(
+        feature = "serde",
+        serde(
+            default,
+            rename = "down_for_ms",
+            skip_serializing_if = "Option::is_none",
+            with = "crate::millis::optional"
+        )
+    )]
+    pub down_for: Option<Duration>,
     /// The number of leases that this process holds on the shard.
     pub leases: usize,
     /// The number of these leases that linger without a guard
@@ -213,14 +229,18 @@ pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock
 }
 
 pub(crate) fn shards(manager: &ManagerShared) -> Vec<ShardState> {
+    let now = Moment::now();
     let snapshots = manager.shards.iter().map(|shard| {
         let metrics = &shard.metrics;
+        let down = shard.down();
         let [acquired, local, remote] = metrics.acquisitions();
         let [p50, p99] = metrics.round_trips();
         ShardState {
             name: shard.name.to_string(),
             kind: shard.kind.to_string(),
             is_up: metrics.is_up(),
+            down_for: down.as_ref().map(|down| now.since(down.since)),
+            reason: down.map(|down| down.reason),
             leases: metrics.leases(),
             lingering: metrics.lingering(),
             waiters: metrics.waiters(),

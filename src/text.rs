@@ -34,6 +34,14 @@ pub fn must_be_escaped(char: char) -> bool {
         )
 }
 
+/// The beginning of the text, of at most so many bytes.
+pub(crate) fn shortened(text: &str, bytes_max: usize) -> &str {
+    let end = (0..=bytes_max.min(text.len()))
+        .rev()
+        .find(|&at| text.is_char_boundary(at));
+    &text[..end.unwrap_or(0)]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,5 +57,13 @@ mod tests {
         );
         assert_eq!(printable("\u{9b}31m\u{7f}\0"), r"\u{9b}31m\u{7f}\u{0}");
         assert_eq!(printable("a\u{202e}b\u{2028}c"), r"a\u{202e}b\u{2028}c");
+    }
+
+    #[test]
+    fn shortened_text_ends_between_characters() {
+        assert_eq!(shortened("ab", 2), "ab");
+        assert_eq!(shortened("abc", 2), "ab");
+        assert_eq!(shortened("aé", 2), "a");
+        assert_eq!(shortened("é", 0), "");
     }
 }

@@ -4,8 +4,9 @@
 //! - `/metrics`: all metrics ([`METRICS`](crate::metrics::METRICS)) in the text format of
 //!   Prometheus
 //! - `/healthz`: `ok`, the process is alive
-//! - `/readyz`: 200 if the manager is not shut down and all shards answered their last request and
-//!   accept locks, else 503; JSON with the state of each shard
+//! - `/readyz`: 200 if the manager is not shut down and any shard answered its last request and
+//!   accepts locks, else 503; with [`ReadyWhen::AllShardsUp`](crate::config::ReadyWhen) all of them
+//!   must. JSON with the state of each shard, and why it is down
 //! - `/hot`: the keys with the most contention, as JSON ([`HotKey`](crate::introspect::HotKey))
 //! - `/held`: the outstanding guards, oldest first, at most 1000, as JSON
 //!   ([`HeldLock`](crate::introspect::HeldLock))
@@ -13,7 +14,8 @@
 //!
 //! The endpoint shows **keys and fencing tokens to anyone who can reach it** and does not ask for a
 //! password. Keep it on the loopback address ([`DEFAULT_ADDRESS`]), or on a network that only
-//! operators can reach. It changes nothing, and shows neither URLs nor passwords.
+//! operators can reach. It changes nothing, and shows neither URLs nor passwords; the reason why a
+//! shard is down may name a server.
 //!
 //! ```no_run
 //! # #[tokio::main(flavor = "current_thread")]

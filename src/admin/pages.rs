@@ -1,11 +1,13 @@
 //! The content of each page.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use hyper::StatusCode;
 use serde::Serialize;
 
 use super::Renderer;
+use crate::config::ReadyWhen;
 use crate::context::ManagerShared;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
 use crate::telemetry::{HOT_KEY, METRICS, escaped};
@@ -86,33 +88,60 @@ pub(super) fn metrics(renderer: &Renderer, manager: Option<&ManagerShared>) -> S
 }
 
 #[derive(Serialize)]
-struct Ready<'a> {
+struct Ready {
     ready: bool,
-    shards: Vec<ReadyShard<'a>>,
+    ready_when: &'static str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    shut_down: bool,
+    shards: Vec<ReadyShard>,
 }
 
 #[derive(Serialize)]
-struct ReadyShard<'a> {
-    name: &'a str,
+struct ReadyShard {
+    name: String,
     up: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "crate::millis::optional::serialize"
+    )]
+    down_for_ms: Option<Duration>,
 }
 
 fn ready(manager: &ManagerShared) -> Page {
-    let shards: Vec<_> = manager
-        .shards
-        .iter()
+    let rule = manager.config.ready_when;
+    let shut_down = manager.is_closed();
+    let shards: Vec<_> = snapshot::shards(manager)
+        .into_iter()
         .map(|shard| ReadyShard {
-            name: &shard.name,
-            up: shard.metrics.is_up(),
+            name: shard.name,
+            up: shard.is_up,
+            reason: shard.reason,
+            down_for_ms: shard.down_for,
         })
         .collect();
-    let ready = !manager.is_closed() && shards.iter().all(|shard| shard.up);
+    let mut up = shards.iter().map(|shard| shard.up);
+    let ready = !shut_down
+        && match rule {
+            ReadyWhen::AnyShardUp => up.any(|up| up),
+            ReadyWhen::AllShardsUp => up.all(|up| up),
+        };
     let status = if ready {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     };
-    Page::json(status, &Ready { ready, shards })
+    let ready_when = rule.as_str();
+    Page::json(
+        status,
+        &Ready {
+            ready,
+            ready_when,
+            shut_down,
+            shards,
+        },
+    )
 }
 
 #[derive(Serialize)]

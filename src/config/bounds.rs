@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Password, ShardConfig};
+use super::{Password, ReadyWhen, ShardConfig};
 use crate::endpoint::{Endpoint, is_name_byte, redact};
 use crate::error::InvalidSetting;
 use crate::router::NAME_BYTES_MAX;
@@ -206,6 +206,22 @@ impl Bounds for Switch {
     }
 
     fn check(&self, _: &bool) -> Result<(), Problem> {
+        Ok(())
+    }
+}
+
+/// When the admin endpoint reports that the process is ready.
+pub(super) struct Readiness;
+
+impl Bounds for Readiness {
+    type Value = ReadyWhen;
+
+    fn parse(&self, text: &str) -> Result<ReadyWhen, Problem> {
+        let found = ReadyWhen::EACH.into_iter().find(|rule| rule.as_str() == text);
+        found.ok_or_else(|| Problem::new(echo(text), "any or all"))
+    }
+
+    fn check(&self, _: &ReadyWhen) -> Result<(), Problem> {
         Ok(())
     }
 }

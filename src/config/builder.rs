@@ -5,7 +5,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Config, Credentials, CredentialsRequest, Password, ShardConfig};
+use super::{Config, Credentials, CredentialsRequest, Password, ReadyWhen, ShardConfig};
 use crate::credentials::CredentialsCallback;
 use crate::error::InvalidSetting;
 
@@ -185,6 +185,12 @@ impl Builder {
     /// Sets [`Config::log_keys`].
     pub fn log_keys(mut self, on: bool) -> Self {
         self.config.log_keys = on;
+        self
+    }
+
+    /// Sets [`Config::ready_when`].
+    pub fn ready_when(mut self, rule: ReadyWhen) -> Self {
+        self.config.ready_when = rule;
         self
     }
 

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::Config;
-use super::bounds::{Bounds, File, OrNone, Problem, Secret, Shards, Switch, Text, Within};
+use super::bounds::{Bounds, File, OrNone, Problem, Readiness, Secret, Shards, Switch, Text, Within};
 
 /// One setting.
 pub(super) struct Field {
@@ -165,6 +165,11 @@ pub(super) static FIELDS: &[Field] = &[
         log_keys,
         Switch,
         "whether log lines about lost locks, slow waits and long holds name the key: true or false"
+    ),
+    field!(
+        ready_when,
+        Readiness,
+        "when /readyz of the admin endpoint answers 200: if any shard is up, or only if all are"
     ),
     field!(
         min_replicas_acked,

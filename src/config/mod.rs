@@ -232,6 +232,9 @@ pub struct Config {
     /// key. Errors always name the key. Default: `true`.
     pub log_keys: bool,
 
+    /// When `/readyz` of the admin endpoint answers 200. Default: [`ReadyWhen::AnyShardUp`].
+    pub ready_when: ReadyWhen,
+
     /// The number of replicas that must acknowledge a lease (by `WAIT`) before it counts, when it
     /// is taken and at each renewal: 0 to 16. Default: 0. If fewer acknowledge it, a lock fails
     /// with [`LockErrorKind::Unavailable`], and a held lock is lost when its lease ends. Applies to
@@ -292,6 +295,36 @@ pub struct Config {
     pub tls_key: Option<PathBuf>,
 }
 
+/// When `/readyz` of the admin endpoint answers 200. A manager that was shut down is never ready.
+///
+/// A shard is up if it answered its last request and accepts locks. With either rule, the page
+/// lists the shards that are down, and why.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ReadyWhen {
+    /// If at least one shard is up; `any` in a file and the environment. While one of several
+    /// shards is down, the processes stay in service for the keys of the others.
+    #[default]
+    AnyShardUp,
+    /// Only if all shards are up; `all` in a file and the environment. Each process that uses the
+    /// shard that is down leaves its load balancer, usually all of them at the same time, so use it
+    /// only if a process can do nothing without one of its shards.
+    AllShardsUp,
+}
+
+impl ReadyWhen {
+    const EACH: [Self; 2] = [Self::AnyShardUp, Self::AllShardsUp];
+
+    /// Returns the value as it is written in a file and the environment.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::AnyShardUp => "any",
+            Self::AllShardsUp => "all",
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -317,6 +350,7 @@ impl Default for Config {
             slow_wait: Some(Duration::from_secs(10)),
             long_hold: None,
             log_keys: true,
+            ready_when: ReadyWhen::AnyShardUp,
             min_replicas_acked: 0,
             redlock_max_ttl: Duration::from_secs(10),
             check_role: true,
@@ -695,6 +729,7 @@ mod tests {
             ("hot_key_metrics", &["true", "false"], &["", "1", "yes", "True", "none"]),
             ("check_role", &["true", "false"], &["", "1", "yes", "True", "none"]),
             ("log_keys", &["true", "false"], &["", "1", "yes", "True", "none"]),
+            ("ready_when", &["any", "all"], &["", "one", "Any", "true", "none"]),
             ("slow_wait", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("long_hold", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("min_replicas_acked", &["0", "16"], &["17", "-1"]),

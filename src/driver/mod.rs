@@ -46,6 +46,7 @@ pub(crate) use entry::{Enqueued, Entry, Origin, Settled};
 pub(crate) use execute::Completed;
 pub(crate) use map::Maps;
 use orphans::Abandoned;
+pub(crate) use reach::Down;
 pub(crate) use subscriber::SubscribeError;
 
 use crate::backoff::Backoff;
@@ -364,6 +365,14 @@ impl Shard {
     /// Records whether the health probe got a reply and locks can be acquired.
     fn note_look(&self, reached: &Result<(), StoreError>) {
         self.metrics.set_up(self.reach.looked(&self.name, reached));
+    }
+
+    /// Since when the shard is down and why; `None` if it is up, as far as is known.
+    pub(crate) fn down(&self) -> Option<Down> {
+        if self.metrics.is_up() {
+            return None;
+        }
+        self.reach.down()
     }
 
     /// Whether the shard is known to be down. Outages have their own log lines.

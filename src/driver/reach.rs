@@ -21,11 +21,15 @@ use tokio::sync::Notify;
 
 use crate::clock::Moment;
 use crate::store::StoreError;
+use crate::text::{printable, shortened};
 
 /// How long no request may fail before an outage is over.
 const QUIET: Duration = Duration::from_secs(1);
 /// The shortest interval between two log lines about the beginning of an outage.
 const SELDOM: Duration = Duration::from_secs(10);
+
+/// The most bytes of a server's error that are kept as the reason of an outage.
+const REASON_BYTES_MAX: usize = 300;
 
 /// See the module documentation.
 #[derive(Debug, Default)]
@@ -51,11 +55,21 @@ struct Log {
 #[derive(Debug)]
 struct Outage {
     since: Moment,
+    /// Why the last request failed.
+    reason: String,
     failed_at: Moment,
     /// The first reply since the last failure.
     answered_at: Option<Moment>,
     failures: u64,
     is_logged: bool,
+}
+
+/// A shard that does not reply or refuses locks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Down {
+    pub(crate) since: Moment,
+    /// Why the last request failed, with control characters escaped.
+    pub(crate) reason: String,
 }
 
 /// A line of the log.
@@ -66,10 +80,12 @@ enum Line {
 }
 
 impl Log {
-    fn failed(&mut self, now: Moment) -> Option<Line> {
+    fn failed(&mut self, reason: &str, now: Moment) -> Option<Line> {
         let is_new = self.outage.is_none();
-        let outage = self.outage.get_or_insert(Outage {
+        let reason = shortened(reason, REASON_BYTES_MAX);
+        let outage = self.outage.get_or_insert_with(|| Outage {
             since: now,
+            reason: reason.to_owned(),
             failed_at: now,
             answered_at: None,
             failures: 0,
@@ -77,6 +93,9 @@ impl Log {
         });
         outage.failed_at = now;
         outage.answered_at = None;
+        if outage.reason != reason {
+            reason.clone_into(&mut outage.reason);
+        }
         outage.failures += 1;
         if outage.is_logged {
             return None;
@@ -135,15 +154,30 @@ impl Reach {
 
     /// Records the result of a health probe, which executes a request that every lock needs.
     pub(super) fn looked(&self, shard: &Arc<str>, reached: &Result<(), StoreError>) -> bool {
-        self.refuses
-            .store(matches!(reached, Err(StoreError::Refused(_))), Ordering::Relaxed);
-        match reached {
-            Err(StoreError::Refused(reason)) => {
-                self.failed(shard, reason);
+        let refusal = match reached {
+            Err(error @ (StoreError::Refused(_) | StoreError::MapMismatch { .. })) => Some(error.reason()),
+            Ok(()) | Err(StoreError::Unavailable(_)) => None,
+        };
+        self.refuses.store(refusal.is_some(), Ordering::Relaxed);
+        match refusal {
+            Some(reason) => {
+                self.failed(shard, &reason);
                 false
             }
-            reached => self.note(shard, reached),
+            None => self.note(shard, reached),
         }
+    }
+
+    /// The outage in progress, if there is one.
+    pub(super) fn down(&self) -> Option<Down> {
+        if !self.is_troubled() {
+            return None;
+        }
+        let log = self.log.lock();
+        log.outage.as_ref().map(|outage| Down {
+            since: outage.since,
+            reason: printable(&outage.reason).into_owned(),
+        })
     }
 
     /// Whether the shard does not reply, or refuses locks.
@@ -156,7 +190,7 @@ impl Reach {
         let line = {
             let mut log = self.log.lock();
             self.is_troubled.store(true, Ordering::Relaxed);
-            log.failed(Moment::now())
+            log.failed(reason, Moment::now())
         };
         if let Some(Line::Down { suppressed }) = line {
             tracing::warn!(%shard, reason, suppressed, "the shard is down: its locks can't be acquired or renewed until it is back");
@@ -197,9 +231,9 @@ mod tests {
     fn an_outage_has_one_line_when_it_begins_and_one_when_it_is_over() {
         let mut log = Log::default();
         assert_eq!(log.answered(at(0)), (true, None));
-        assert_eq!(log.failed(at(1_000)), Some(Line::Down { suppressed: 0 }));
+        assert_eq!(log.failed("away", at(1_000)), Some(Line::Down { suppressed: 0 }));
         for millis in (1_100..4_000).step_by(100) {
-            assert_eq!(log.failed(at(millis)), None);
+            assert_eq!(log.failed("away", at(millis)), None);
             // Another node replies.
             assert_eq!(log.answered(at(millis)), (false, None));
         }
@@ -212,13 +246,13 @@ mod tests {
     #[test]
     fn outages_that_follow_each_other_quickly_are_counted() {
         let mut log = Log::default();
-        assert_eq!(log.failed(at(1_000)), Some(Line::Down { suppressed: 0 }));
+        assert_eq!(log.failed("away", at(1_000)), Some(Line::Down { suppressed: 0 }));
         for second in [3, 5, 7] {
             assert!(log.answered(at(second * 1_000)).0);
-            assert_eq!(log.failed(at(second * 1_000 + 500)), None);
+            assert_eq!(log.failed("away", at(second * 1_000 + 500)), None);
         }
         // The last outage outlasts the interval, so it is logged.
-        assert_eq!(log.failed(at(11_000)), Some(Line::Down { suppressed: 2 }));
+        assert_eq!(log.failed("away", at(11_000)), Some(Line::Down { suppressed: 2 }));
         assert!(matches!(log.answered(at(12_000)), (true, Some(Line::Up { .. }))));
     }
 }

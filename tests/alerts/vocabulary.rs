@@ -15,8 +15,14 @@ use crate::rules::{self, Rule};
 /// Labels whose values shardlock chooses, rather than the user.
 const WORDED: [&str; 8] = ["mode", "outcome", "path", "kind", "reason", "request", "limit", "le"];
 
+/// The series in which Prometheus itself records whether a target could be scraped.
+const SCRAPED: &str = "up";
+
 /// The labels of a series with this name, as Prometheus sees it. `None` if there is no such series.
 pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {
+    if name == SCRAPED {
+        return Some(BTreeSet::from(["job", "instance"]));
+    }
     if let Some((level, _)) = name.split_once(':') {
         let is_recorded = rules::records().iter().any(|rule| rule.name == name);
         return is_recorded.then(|| level.split('_').collect());

@@ -11,11 +11,11 @@ use shardlock::admin::{Admin, AdminError, AdminServer};
 use shardlock::config::Builder;
 use support::prometheus::Prometheus;
 use support::{PATIENCE, RedisServer, directory, wait_until, worker};
-use support_locks::{TestStore, lock, lock_in_time, on_each_store, poll_once, until};
+use support_locks::{lock, poll_once};
 
 /// Starts an endpoint on a free port for a manager with these settings. The test provides the text
 /// that the recorder renders.
-async fn serve(builder: Builder) -> (LockManager, AdminServer) {
+pub(crate) async fn serve(builder: Builder) -> (LockManager, AdminServer) {
     let admin = Admin::bind_with(([127, 0, 0, 1], 0).into(), || "# of the recorder\n".to_owned()).unwrap();
     let locks = builder.connect().await.unwrap();
     let server = admin.serve(&locks).unwrap();
@@ -34,7 +34,7 @@ fn say(address: SocketAddr, bytes: &[u8]) -> String {
 }
 
 /// The status and the body of a page.
-fn get(address: SocketAddr, path: &str) -> (u16, String) {
+pub(crate) fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let answer = say(
         address,
         format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes(),
@@ -50,44 +50,6 @@ fn json(address: SocketAddr, path: &str) -> Value {
     let (status, body) = get(address, path);
     assert_eq!(status, 200, "{path}: {body}");
     serde_json::from_str(&body).unwrap_or_else(|error| panic!("{path}: {error}: {body}"))
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn readiness_follows_the_shards_and_health_does_not() {
-    let (one, two) = (RedisServer::start(), RedisServer::start());
-    let builder = LockManager::builder()
-        .named_shard("one", one.url())
-        .named_shard("two", two.url());
-    let (locks, admin) = serve(builder).await;
-    let (status, body) = get(admin.address(), "/readyz");
-    assert_eq!(status, 200, "{body}");
-    let ready: Value = serde_json::from_str(&body).unwrap();
-    let both_up =
-        serde_json::json!({"ready": true, "shards": [{"name": "one", "up": true}, {"name": "two", "up": true}]});
-    assert_eq!(ready, both_up);
-    two.kill();
-    let mut body = String::new();
-    wait_until("the dead shard is reported", PATIENCE, || {
-        let (status, said) = get(admin.address(), "/readyz");
-        body = said;
-        status == 503
-    });
-    let ready: Value = serde_json::from_str(&body).unwrap();
-    assert_eq!(ready["ready"], false);
-    assert_eq!(ready["shards"][0]["up"], true);
-    assert_eq!(ready["shards"][1]["up"], false);
-    assert_eq!(get(admin.address(), "/healthz"), (200, "ok".to_owned()));
-    two.restart();
-    wait_until("the shard is ready again", PATIENCE, || {
-        get(admin.address(), "/readyz").0 == 200
-    });
-    locks.shutdown().await.ok();
-    assert_eq!(get(admin.address(), "/readyz").0, 503);
-    drop(locks);
-    wait_until("the endpoint does not keep the manager alive", PATIENCE, || {
-        get(admin.address(), "/held").0 == 503
-    });
-    assert_eq!(get(admin.address(), "/healthz").0, 200);
 }
 
 /// The number of acquisitions in [`serve_many_locks`], and that of its tasks.
@@ -204,66 +166,6 @@ fn histograms_count_every_lock_however_many_there_are_in_a_second() {
         query("shardlock_hold_seconds_bucket{class=\"many\", le=\"+Inf\"}"),
         Some(all)
     );
-}
-
-/// Longer than a loaded machine delays the reply of a healthy server.
-const LOOK_LIMIT: Duration = Duration::from_secs(5);
-/// The interval of the health checks, their time limit, and the slack for a loaded machine.
-const KNOWN_WITHIN: Duration = Duration::from_secs(3 + 5 + 5);
-
-on_each_store! { on(servers, own);
-    async fn a_shard_that_is_down_while_nobody_locks_is_not_ready(store: &TestStore) {
-        let (locks, admin) = serve(store.builder().store_timeout(LOOK_LIMIT)).await;
-        let is_ready = || get(admin.address(), "/readyz").0 == 200;
-        assert!(is_ready() && locks.shards()[0].is_up);
-        // The shard stays ready for longer than the interval of the health checks.
-        let still = Instant::now() + Duration::from_secs(4);
-        while Instant::now() < still {
-            assert!(is_ready());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-
-        store.servers().kill_all();
-        let killed = Instant::now();
-        until("the shard is reported down", async || !locks.shards()[0].is_up).await;
-        assert!(killed.elapsed() < KNOWN_WITHIN, "{:?}", killed.elapsed());
-        assert_eq!(get(admin.address(), "/readyz").0, 503);
-
-        store.servers().restart_all();
-        until("the shard is ready again", async || is_ready()).await;
-        // The report is correct.
-        assert!(lock_in_time(&locks, "k").await > 0);
-    }
-}
-
-on_each_store! { on(redis_nodes, own);
-    /// Such a server still answers everything except what a new lock needs, including renewals and
-    /// liveness checks.
-    async fn a_shard_that_refuses_locks_is_not_ready(store: &TestStore) {
-        let (locks, admin) = serve(store.builder()).await;
-        let is_ready = || get(admin.address(), "/readyz").0 == 200;
-        let held = lock(&locks, "held").await;
-        for setting in ["maxmemory", "min-replicas-to-write"] {
-            assert!(is_ready());
-            let set = |value| store.servers().command(&["CONFIG", "SET", setting, value]);
-            set("100");
-            until("the shard is not ready", async || !is_ready()).await;
-            assert!(!locks.shards()[0].is_up);
-            assert!(locks.try_lock("k").await.is_err());
-            // The shard stays not ready although renewals are answered.
-            let still = Instant::now() + Duration::from_secs(2);
-            while Instant::now() < still {
-                assert!(!is_ready());
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            set("0");
-            until("the shard is ready again", async || is_ready()).await;
-            assert!(lock_in_time(&locks, "k").await > 0);
-            if setting == "maxmemory" {
-                assert!(held.is_valid(), "renewals need no memory");
-            }
-        }
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

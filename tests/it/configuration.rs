@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
+use shardlock::config::{Builder, Config, Endpoint, ReadyWhen, ShardConfig};
 use shardlock::error::InvalidSetting;
 use shardlock::tool;
 
 /// A non-default value for every setting.
-const SAMPLES: [(&str, &str); 31] = [
+const SAMPLES: [(&str, &str); 32] = [
     ("shards", "a=rediss://:s3cret@a:1/2,memory://b,redis://c"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
@@ -30,6 +30,7 @@ const SAMPLES: [(&str, &str); 31] = [
     ("slow_wait", "11s"),
     ("long_hold", "12s"),
     ("log_keys", "false"),
+    ("ready_when", "all"),
     ("min_replicas_acked", "1"),
     ("redlock_max_ttl", "20s"),
     ("check_role", "false"),
@@ -72,6 +73,7 @@ fn from_code() -> Result<Config, InvalidSetting> {
         .slow_wait(Duration::from_secs(11))
         .long_hold(Duration::from_secs(12))
         .log_keys(false)
+        .ready_when(ReadyWhen::AllShardsUp)
         .min_replicas_acked(1)
         .redlock_max_ttl(Duration::from_secs(20))
         .check_role(false)

@@ -33,6 +33,8 @@ mod order;
 mod others;
 mod pauses;
 mod pooled_connections;
+#[cfg(feature = "admin")]
+mod readiness;
 mod redlock;
 mod refused_connections;
 mod replicas;
