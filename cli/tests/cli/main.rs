@@ -4,6 +4,7 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+mod alerts;
 mod bench;
 mod break_lease;
 mod clients;

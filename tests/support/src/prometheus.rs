@@ -68,13 +68,18 @@ impl Prometheus {
     /// created later.
     #[track_caller]
     pub fn start(targets: &Path) -> Self {
+        Self::start_every(Self::SCRAPE_INTERVAL, targets)
+    }
+
+    /// [`start`](Self::start) with another interval for scrapes and rules.
+    #[track_caller]
+    pub fn start_every(interval: &str, targets: &Path) -> Self {
         let dir = directory("prometheus");
         let rules = repository().join("config/prometheus/*.rules.yml");
         let config = format!(
             "global:\n  scrape_interval: {interval}\n  scrape_timeout: {interval}\n  evaluation_interval: {interval}\n\
              rule_files: ['{rules}']\n\
              scrape_configs:\n  - job_name: {job}\n    file_sd_configs:\n      - files: ['{targets}']\n",
-            interval = Self::SCRAPE_INTERVAL,
             rules = rules.display(),
             job = Self::JOB,
             targets = targets.display(),
