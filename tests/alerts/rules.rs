@@ -1,6 +1,7 @@
 //! Reads the rule files.
 
 use std::fs;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use saphyr::{LoadableYamlNode, YamlOwned};
@@ -37,11 +38,16 @@ fn value(pairs: &[(String, String)], name: &str) -> String {
     found.map_or_else(String::new, |(_, value)| value.clone())
 }
 
-/// The only document of a file.
+/// The only document of a file in `config/prometheus`.
 pub(crate) fn document(name: &str) -> YamlOwned {
-    let text = fs::read_to_string(super::file(name)).unwrap();
-    let mut documents = YamlOwned::load_from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
-    assert_eq!(documents.len(), 1, "{name}");
+    document_at(&super::file(name))
+}
+
+/// The only document of a file.
+pub(crate) fn document_at(path: &Path) -> YamlOwned {
+    let text = fs::read_to_string(path).unwrap();
+    let mut documents = YamlOwned::load_from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!(documents.len(), 1, "{}", path.display());
     documents.remove(0)
 }
 
