@@ -13,6 +13,7 @@ scripts/ensure-grafana-model prints the Python to run it with.
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import bargauge, common, prometheus, stat, timeseries
@@ -46,16 +47,36 @@ def build() -> dashboard.Dashboard:
     )
     for variable in variables():
         board = board.with_variable(variable)
+    for annotation in panels.ANNOTATIONS:
+        mark = builders.AnnotationQuery().name(annotation.name).datasource(SOURCE).enable(True)
+        board = board.annotation(mark.icon_color(annotation.color).expr(annotation.expression))
+    for title, path, tooltip in panels.LINKS:
+        link = builders.DashboardLink(title).type(dashboard.DashboardLinkType.LINK).icon("doc")
+        board = board.link(link.url(f"{repository()}/blob/main/{path}").tooltip(tooltip).target_blank(True))
     number = 0
     for row in panels.ROWS:
         number += 1
-        board = board.with_row(builders.Row(row.title).id(number))
+        line = builders.Row(row.title).id(number).collapsed(row.is_collapsed)
+        if not row.is_collapsed:
+            board = board.with_row(line)
         for panel in row.panels:
             number += 1
-            board = board.with_panel(visual(panel).id(number))
+            made = visual(panel).id(number)
+            if row.is_collapsed:
+                line = line.with_panel(made)
+            else:
+                board = board.with_panel(made)
+        if row.is_collapsed:
+            board = board.with_row(line)
     made = board.build()
     made.schema_version = SCHEMA_VERSION
     return made
+
+
+def repository() -> str:
+    """The address of the repository, as the packages have it."""
+    manifest = tomllib.loads((Path(__file__).parent.parent / "Cargo.toml").read_text())
+    return manifest["workspace"]["package"]["repository"]
 
 
 def variables() -> list:
@@ -134,7 +155,12 @@ def ranking(panel: panels.Panel) -> bargauge.Panel:
 
 
 def text() -> str:
-    return json.dumps(model.plain(build()), indent=2) + "\n"
+    document = model.plain(build())
+    # Fields of the data source, which the model does not have.
+    for annotation, mark in zip(panels.ANNOTATIONS, document["annotations"]["list"]):
+        mark["titleFormat"] = annotation.title
+        mark["tagKeys"] = annotation.labels
+    return json.dumps(document, indent=2) + "\n"
 
 
 def check(file: Path) -> list[str]:

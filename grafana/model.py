@@ -17,6 +17,8 @@ from grafana_foundation_sdk.models import dashboard
 # The form in which Grafana stores the query of a Prometheus variable; the model accepts anything
 # here.
 VARIABLE_QUERY = {"qryType", "query", "refId"}
+# Fields of an annotation that belong to the Prometheus data source, which the model does not have.
+ANNOTATION_FIELDS = {"titleFormat", "tagKeys"}
 # Panel fields that the model passes through unchecked. They must not be used, so that nothing is
 # left unchecked.
 UNCHECKED = {"links", "transformations", "libraryPanel"}
@@ -32,11 +34,26 @@ def mistakes(document: dict) -> list[str]:
     plugins.register_default_plugins()
     try:
         model = dashboard.Dashboard.from_json(document)
-        found = list(differences(document, plain(model), "dashboard"))
+        found = list(differences(without_open_fields(document), plain(model), "dashboard"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return [f"Grafana's model can't read it: {type(error).__name__}: {error}"]
     found += wrong_words(model, "dashboard")
     found += wrong_open_parts(document)
+    return found
+
+
+def without_open_fields(document: dict) -> dict:
+    """The document without the fields that `wrong_open_parts` checks."""
+    marks = document.get("annotations", {}).get("list", [])
+    known = [{name: value for name, value in mark.items() if name not in ANNOTATION_FIELDS} for mark in marks]
+    return {**document, "annotations": {**document.get("annotations", {}), "list": known}}
+
+
+def panels_of(document: dict) -> list[dict]:
+    """All panels, including rows and what is in collapsed rows."""
+    found = []
+    for panel in document.get("panels", []):
+        found += [panel, *(panel.get("panels") or [])]
     return found
 
 
@@ -83,7 +100,10 @@ def alternatives(hint: object) -> tuple:
 
 def wrong_open_parts(document: dict) -> list[str]:
     found = []
-    for panel in document.get("panels", []):
+    for mark in document.get("annotations", {}).get("list", []):
+        wrong = [name for name in ANNOTATION_FIELDS if not isinstance(mark.get(name), str)]
+        found += [f"annotation {mark.get('name')!r}: {name} is not a text" for name in wrong]
+    for panel in panels_of(document):
         place = f"panel {panel.get('title')!r}"
         if panel["type"] != "row" and runtime.panelcfg_config(panel["type"]) is None:
             found.append(f"{place}: the model knows no kind of panel called {panel['type']!r}")

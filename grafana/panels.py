@@ -15,6 +15,11 @@ SHARD = PROCESS + ', shard=~"$shard"'
 CLASS_OF_SHARD = CLASS + ', shard=~"$shard"'
 READERS_AND_WRITERS = CLASS_OF_SHARD + ', mode=~"shared|exclusive"'
 
+# Filters of series that recording rules record, which are over all processes of a job.
+JOB = 'job=~"$job"'
+JOB_CLASS = JOB + ', class=~"$class"'
+JOB_SHARD = JOB + ', shard=~"$shard"'
+
 # Outcomes of requests that should have got a lock and did not. Busy is the answer to a try, not a
 # failure.
 FAILED = CLASS + ', outcome=~"timeout|queue_full|unavailable|refused"'
@@ -27,6 +32,9 @@ JUDGED = CLASS + ', outcome!~"closed|cancelled"'
 # The requests that hand a lease to another process.
 HANDING_OVER = SHARD + ', request=~"release|requeue"'
 UNANSWERED = SHARD + ', outcome="failed"'
+
+# Shown in place of a graph if its recording rules are not loaded.
+NOT_RECORDED = "needs config/prometheus/recording.rules.yml"
 
 PLAIN, BARS, STAT, RANKING = "plain", "bars", "stat", "ranking"
 
@@ -50,6 +58,20 @@ class Panel:
 class Row:
     title: str
     panels: list[Panel] = field(default_factory=list)
+    # Whether only the title is shown until someone opens the row. Its panels ask nothing until then.
+    is_collapsed: bool = False
+
+
+@dataclass
+class Annotation:
+    """Marks on all graphs while the expression has a value of at least 1."""
+
+    name: str
+    expression: str
+    color: str
+    # What the mark shows, with labels of the series.
+    title: str
+    labels: str
 
 
 def rate(metric: str, labels: str) -> str:
@@ -58,6 +80,10 @@ def rate(metric: str, labels: str) -> str:
 
 def increase(metric: str, labels: str) -> str:
     return f"increase({metric}{{{labels}}}[$__rate_interval])"
+
+
+def recorded(series: str, labels: str) -> str:
+    return f"{series}{{{labels}}}"
 
 
 def total(series: str, by: str = "") -> str:
@@ -189,32 +215,27 @@ CONTENTION = Row(
             "Contended share of locks",
             "The share of locks that were held by someone else when they were requested. Near 1, "
             "the work of a class runs serially, however many workers there are: split its keys, "
-            "or do less under the lock.",
-            [
-                (
-                    ratio(
-                        rate("shardlock_acquisitions_total", CONTENDED),
-                        rate("shardlock_acquisitions_total", ACQUIRED),
-                        "class",
-                    ),
-                    "{{class}}",
-                )
-            ],
+            "or do less under the lock. Of all processes, over 5 minutes.",
+            [(recorded("job_class:shardlock_contended:ratio_rate5m", JOB_CLASS), "{{job}} {{class}}")],
             unit=units.PercentUnit,
+            no_value=NOT_RECORDED,
         ),
         Panel(
             "Wait, 99th percentile, by class",
             "Which class waits. A class close to its wait limit is about to fail: check what "
-            "holds its keys, and for how long.",
-            [(quantile(0.99, "shardlock_wait_seconds", CLASS, "class"), "{{class}}")],
+            "holds its keys, and for how long. Of all processes, over 5 minutes.",
+            [(recorded("job_class:shardlock_wait_seconds:p99_rate5m", JOB_CLASS), "{{job}} {{class}}")],
             unit=units.Seconds,
+            no_value=NOT_RECORDED,
         ),
         Panel(
             "Hold time, 99th percentile, by class",
             "From the guard to its release. Every waiter pays for it: move work that needs no "
-            "lock out of it. Above the TTL, a lock depends on its renewals.",
-            [(quantile(0.99, "shardlock_hold_seconds", CLASS, "class"), "{{class}}")],
+            "lock out of it. Above the TTL, a lock depends on its renewals. Of all processes, over 5 "
+            "minutes.",
+            [(recorded("job_class:shardlock_hold_seconds:p99_rate5m", JOB_CLASS), "{{job}} {{class}}")],
             unit=units.Seconds,
+            no_value=NOT_RECORDED,
         ),
         Panel(
             "Hand-offs",
@@ -318,6 +339,15 @@ SAFETY = Row(
             unit=units.OpsPerSecond,
         ),
         Panel(
+            "Renewals that fail",
+            "The share of renewals without an answer or with an error, which are retried until the "
+            "lease expires. Above 0.2 for minutes, locks are being lost: repair the shard, or find in "
+            "the log why the server refuses. Of all processes, over 2 minutes.",
+            [(recorded("job_shard:shardlock_renewal_failures:ratio_rate2m", JOB_SHARD), "{{job}} {{shard}}")],
+            unit=units.PercentUnit,
+            no_value=NOT_RECORDED,
+        ),
+        Panel(
             "Token regressions",
             "Tokens that were not larger than earlier ones and were therefore refused: the lock "
             "fails rather than accept an old token. Never normal: the server lost its data, or a "
@@ -364,7 +394,6 @@ SAFETY = Row(
             "take as long as the TTL, or tasks give up just as their turn comes.",
             [(total(increase("shardlock_stale_grants_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
-            width=12,
         ),
         Panel(
             "Abandoned cycles",
@@ -373,7 +402,6 @@ SAFETY = Row(
             "raise store_timeout, or check the shard.",
             [(total(increase("shardlock_abandoned_cycles_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
-            width=12,
         ),
     ],
 )
@@ -495,14 +523,15 @@ MODES = Row(
             "its permits for up to a TTL, which this does not show.",
             [
                 (
-                    f"sum by (shard, class) (shardlock_permits_in_use{{{CLASS_OF_SHARD}}})"
-                    f" / (max by (shard, class) (shardlock_permits_limit{{{CLASS_OF_SHARD}}}) > 0)",
-                    "{{shard}} {{class}}",
+                    recorded("job_shard_class:shardlock_permits_in_use:ratio", JOB_SHARD + ', class=~"$class"'),
+                    "{{job}} {{shard}} {{class}}",
                 )
             ],
             unit=units.PercentUnit,
+            no_value=NOT_RECORDED,
         ),
     ],
+    is_collapsed=True,
 )
 
 REDIS = Row(
@@ -525,9 +554,16 @@ REDIS = Row(
         Panel(
             "Round trip, 99th percentile, by request",
             "Which script or command is slow. If renew is slow while others are not, many leases "
-            "are renewed at once; if acquire and release are slow, check the server.",
-            [(quantile(0.99, "shardlock_store_round_trip_seconds", SHARD, "request"), "{{request}}")],
+            "are renewed at once; if acquire and release are slow, check the server. Of all "
+            "processes, over 5 minutes.",
+            [
+                (
+                    recorded("job_shard_request:shardlock_store_round_trip_seconds:p99_rate5m", JOB_SHARD),
+                    "{{job}} {{shard}} {{request}}",
+                )
+            ],
             unit=units.Seconds,
+            no_value=NOT_RECORDED,
         ),
         Panel(
             "Store requests",
@@ -550,6 +586,15 @@ REDIS = Row(
             unit=units.RequestsPerSecond,
         ),
         Panel(
+            "Requests that the store fails, by class",
+            "The share of lock requests that ended with unavailable or refused. Above 0.5, the class "
+            "is out of service: see which shards are up, then the log. If all shards are up, the "
+            "user lacks a permission or the store is too slow. Of all processes, over 2 minutes.",
+            [(recorded("job_class:shardlock_store_errors:ratio_rate2m", JOB_CLASS), "{{job}} {{class}}")],
+            unit=units.PercentUnit,
+            no_value=NOT_RECORDED,
+        ),
+        Panel(
             "Connections opened",
             "Includes the first ones. Flat while all is well. If growing, connections break: "
             "check the server's log, its client limits and the network.",
@@ -564,6 +609,12 @@ REDIS = Row(
             [(total(increase("shardlock_subscription_reconnects_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
         ),
+    ],
+)
+
+QUORUMS = Row(
+    "Quorums (redlock)",
+    [
         Panel(
             "Votes of quorum nodes",
             "Only for redlock:// shards. refused: another holder, or a node that still has the "
@@ -571,6 +622,7 @@ REDIS = Row(
             [(total(rate("shardlock_quorum_votes_total", SHARD), "shard, node, outcome"), "{{shard}}, node {{node}}: {{outcome}}")],
             unit=units.OpsPerSecond,
             no_value="no redlock:// shard",
+            width=12,
         ),
         Panel(
             "Suspect quorum nodes",
@@ -579,8 +631,42 @@ REDIS = Row(
             "acquired.",
             [(f"max by (shard, node) (shardlock_quorum_suspects{{{SHARD}}})", "{{shard}}, node {{node}}")],
             no_value="no redlock:// shard",
+            width=12,
         ),
     ],
+    is_collapsed=True,
 )
 
-ROWS = [AT_A_GLANCE, CONTENTION, SAFETY, SATURATION, MODES, REDIS]
+ROWS = [AT_A_GLANCE, CONTENTION, SAFETY, SATURATION, REDIS, MODES, QUORUMS]
+
+# The window of the annotations is fixed, since they have no interval of their own in Grafana.
+ANNOTATIONS = [
+    Annotation(
+        "Shard down",
+        f"count by (job, shard) (shardlock_shard_up{{{SHARD}}} == 0)",
+        "red",
+        "shard {{shard}} is down for processes of {{job}}",
+        "job,shard",
+    ),
+    Annotation(
+        "Locks lost",
+        f'count by (instance, shard, reason) (increase(shardlock_lost_total{{{SHARD}, reason!="closed"}}[1m]) > 0)',
+        "purple",
+        "{{instance}} lost locks on shard {{shard}}: {{reason}}",
+        "instance,shard,reason",
+    ),
+    Annotation(
+        "Restart",
+        f"count by (job, instance) (resets(shardlock_connects_total{{{PROCESS}}}[1m]) > 0)",
+        "blue",
+        "{{instance}} of {{job}} was restarted",
+        "job,instance",
+    ),
+]
+
+# Pages of the repository to open from the dashboard: title, path, tooltip.
+LINKS = [
+    ("Operations", "docs/operations.md", "Readiness, alerts, logs"),
+    ("Metrics", "METRICS.md", "What each metric means, and what to do when it moves"),
+    ("Failures", "docs/failures.md", "What happens when a server, a process or the network fails"),
+]

@@ -17,7 +17,12 @@ pub(crate) fn file() -> PathBuf {
 }
 
 pub(crate) struct Dashboard {
+    /// Those of collapsed rows, too.
     pub(crate) panels: Vec<Panel>,
+    /// Marks on all graphs, in the form of panels: the legend is the text of the mark.
+    pub(crate) annotations: Vec<Panel>,
+    /// The addresses of pages.
+    pub(crate) links: Vec<String>,
     pub(crate) variables: Vec<Variable>,
 }
 
@@ -46,20 +51,30 @@ pub(crate) type Choice = BTreeMap<&'static str, String>;
 
 impl Dashboard {
     pub(crate) fn read() -> Self {
-        let text = std::fs::read_to_string(file()).expect("the dashboard can be read");
-        let document: Value = serde_json::from_str(&text).expect("the dashboard is JSON");
-        let panels = list(&document["panels"]).filter(|panel| panel["type"] != "row");
+        let content = std::fs::read_to_string(file()).expect("the dashboard can be read");
+        let document: Value = serde_json::from_str(&content).expect("the dashboard is JSON");
+        let nested = list(&document["panels"])
+            .filter_map(|row| row["panels"].as_array())
+            .flatten();
+        let panels = list(&document["panels"])
+            .filter(|panel| panel["type"] != "row")
+            .chain(nested);
         let asked = list(&document["templating"]["list"]).filter(|variable| variable["type"] == "query");
         Self {
             panels: panels.map(Panel::read).collect(),
+            annotations: list(&document["annotations"]["list"])
+                .map(Panel::read_annotation)
+                .collect(),
+            links: list(&document["links"]).map(|link| text(&link["url"])).collect(),
             variables: asked.map(Variable::read).collect(),
         }
     }
 
     #[track_caller]
     pub(crate) fn panel(&self, title: &str) -> &Panel {
-        let found = self.panels.iter().find(|panel| panel.title == title);
-        found.unwrap_or_else(|| panic!("no panel is titled {title:?}"))
+        let mut all = self.panels.iter().chain(&self.annotations);
+        let found = all.find(|panel| panel.title == title);
+        found.unwrap_or_else(|| panic!("no panel or annotation is titled {title:?}"))
     }
 }
 
@@ -73,6 +88,20 @@ impl Panel {
             title: text(&panel["title"]),
             description: text(&panel["description"]),
             targets: targets.collect(),
+        }
+    }
+}
+
+impl Panel {
+    fn read_annotation(annotation: &Value) -> Self {
+        let target = Target {
+            expression: text(&annotation["expr"]),
+            legend: text(&annotation["titleFormat"]),
+        };
+        Self {
+            title: text(&annotation["name"]),
+            description: String::new(),
+            targets: vec![target],
         }
     }
 }

@@ -39,6 +39,7 @@ fn a_misspelt_field_is_an_error_that_says_where() {
     let panels = dashboard["panels"].as_array().unwrap();
     let place = |kind: &str| panels.iter().position(|panel| panel["type"] == kind).unwrap();
     let (stat, lines) = (place("stat"), place("timeseries"));
+    let closed = panels.iter().position(|panel| panel["collapsed"] == true).unwrap();
     let at = |panel: usize, rest: &str| format!("/panels/{panel}{rest}");
     let mistakes: Vec<(String, &str, Value)> = vec![
         (String::new(), "refresch", json!("10s")),
@@ -50,6 +51,12 @@ fn a_misspelt_field_is_an_error_that_says_where() {
         (at(lines, "/options/legend"), "displaymode", json!("list")),
         (at(lines, "/targets/0"), "legend", json!("text")),
         (at(lines, "/gridPos"), "width", json!(8)),
+        // A panel of a collapsed row.
+        (at(closed, "/panels/0"), "descripton", json!("text")),
+        (at(closed, "/panels/0"), "type", json!("timeserie")),
+        ("/annotations/list/0".to_owned(), "iconColour", json!("red")),
+        ("/annotations/list/0".to_owned(), "titleFormat", json!(1)),
+        ("/links/0".to_owned(), "uri", json!("text")),
         ("/templating/list/1".to_owned(), "include_all", json!(true)),
         ("/templating/list/1/query".to_owned(), "querry", json!("text")),
         // An existing field with an unknown value.

@@ -56,6 +56,10 @@ fn every_panel_and_every_variable_has_data_under_load() {
 
 #[track_caller]
 fn has_data(dashboard: &Dashboard, environment: &Environment, choice: &Choice) {
+    for annotation in &dashboard.annotations {
+        // A valid query, whose result is empty while all is well.
+        environment.query(&annotation.targets[0], choice);
+    }
     for panel in &dashboard.panels {
         for target in &panel.targets {
             if QUIET.contains(&panel.title.as_str()) {
