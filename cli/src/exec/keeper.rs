@@ -10,12 +10,14 @@ use shardlock::config::{Builder, Config};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockKey, LockManager};
 
+use super::agent::AgentRequest;
 use super::arguments::Work;
 use super::command::{self, Outcome, RunningCommand};
 use super::environment;
 use super::events::Events;
 use super::holding::{Holding, NotReleased};
 use super::terminal::Terminal;
+use super::textfile::{self, Call, Textfile};
 use super::{Args, Permits, Source};
 use crate::exit::{self, Failure};
 use crate::{metrics, output, shards};
@@ -36,19 +38,39 @@ impl Keeper {
         let work = Work::parse(&args)?;
         // From here on, no signal ends the tool before it has cleaned up.
         let mut events = Events::new(&self).map_err(Failure::system)?;
-        match source {
-            Source::Shards(config) => self.run_with_manager(&args, &work, &mut events, *config).await,
-            Source::Agent(request) => {
-                // Dropping the request closes the connection, and so gives up the wait.
-                let acquired = tokio::select! {
-                    acquired = request.acquire() => acquired?.map(Holding::Agent),
-                    code = events.wait_for_termination() => return Ok(code),
-                    never = log_waiting(&work) => match never {},
-                };
-                let acquired = acquired.map_or_else(|| Acquisition::busy(&work), Acquisition::Acquired);
-                self.run_command(acquired, &args, &work, &mut events).await
+        let mut call = Call::begin();
+        let ended = match source {
+            Source::Shards(config) => {
+                self.run_with_manager(&args, &work, &mut events, &mut call, *config)
+                    .await
             }
+            Source::Agent(request) => self.run_with_agent(&args, &work, &mut events, &mut call, request).await,
+        };
+        if let Some(textfile) = Textfile::new(&args.textfile, &work.keys) {
+            textfile.report(&call, ended.as_ref().map_or_else(|failure| failure.code, |&code| code));
         }
+        ended
+    }
+
+    async fn run_with_agent(
+        &self,
+        args: &Args,
+        work: &Work<'_>,
+        events: &mut Events,
+        call: &mut Call,
+        request: AgentRequest,
+    ) -> Result<u8, Failure> {
+        // Dropping the request closes the connection, and so gives up the wait.
+        let acquired = tokio::select! {
+            acquired = request.acquire() => acquired?.map(Holding::Agent),
+            code = events.wait_for_termination() => {
+                call.wait_ended(textfile::Outcome::Interrupted);
+                return Ok(code);
+            }
+            never = log_waiting(work) => match never {},
+        };
+        let acquired = acquired.map_or_else(|| Acquisition::busy(work, args), Acquisition::Acquired);
+        self.run_command(acquired, args, work, events, call).await
     }
 
     async fn run_with_manager(
@@ -56,6 +78,7 @@ impl Keeper {
         args: &Args,
         work: &Work<'_>,
         events: &mut Events,
+        call: &mut Call,
         config: Config,
     ) -> Result<u8, Failure> {
         let admin_failure = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
@@ -63,7 +86,10 @@ impl Keeper {
 
         let locks = tokio::select! {
             connected = connect(config, args.nonblock) => connected?,
-            code = events.wait_for_termination() => return Ok(code),
+            code = events.wait_for_termination() => {
+                call.wait_ended(textfile::Outcome::Interrupted);
+                return Ok(code);
+            }
         };
         let server = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
         // Serve until the end of this function.
@@ -76,7 +102,7 @@ impl Keeper {
             never = log_waiting(work) => match never {},
         };
         let code = match acquired {
-            Ok(acquired) => self.run_command(acquired, args, work, events).await,
+            Ok(acquired) => self.run_command(acquired, args, work, events, call).await,
             Err(failure) => Err(failure),
         };
         // What was left is logged.
@@ -91,7 +117,9 @@ impl Keeper {
         args: &Args,
         work: &Work<'_>,
         events: &mut Events,
+        call: &mut Call,
     ) -> Result<u8, Failure> {
+        call.wait_ended(acquired.outcome());
         match acquired {
             Acquisition::Acquired(held) => {
                 for key in &work.keys {
@@ -105,9 +133,9 @@ impl Keeper {
                         command.env_remove(variable);
                     }
                 }
-                run_under_lock(held, command, work, self, events, args.kill_after).await
+                run_under_lock(held, command, work, self, events, call, args.kill_after).await
             }
-            Acquisition::NotAcquired(reason) => {
+            Acquisition::NotAcquired { reason, .. } => {
                 if !args.quiet {
                     output::eprint(reason);
                 }
@@ -166,7 +194,10 @@ async fn log_waiting(work: &Work<'_>) -> Infallible {
 enum Acquisition {
     Acquired(Holding),
     /// The lock was not acquired, with the reason.
-    NotAcquired(String),
+    NotAcquired {
+        reason: String,
+        is_timeout: bool,
+    },
     Interrupted(u8),
 }
 
@@ -183,10 +214,22 @@ macro_rules! in_mode {
 
 impl Acquisition {
     /// A lock was not acquired in time, or not without waiting.
-    fn busy(work: &Work<'_>) -> Self {
+    fn busy(work: &Work<'_>, args: &Args) -> Self {
         let one_of = if work.keys.len() > 1 { "one of the " } else { "" };
         let locks = work.describe_locks();
-        Self::NotAcquired(format!("{one_of}{locks} is held, or others are waiting for it"))
+        Self::NotAcquired {
+            reason: format!("{one_of}{locks} is held, or others are waiting for it"),
+            is_timeout: !args.nonblock,
+        }
+    }
+
+    const fn outcome(&self) -> textfile::Outcome {
+        match self {
+            Self::Acquired(_) => textfile::Outcome::Acquired,
+            Self::NotAcquired { is_timeout: true, .. } => textfile::Outcome::Timeout,
+            Self::NotAcquired { is_timeout: false, .. } => textfile::Outcome::Busy,
+            Self::Interrupted(_) => textfile::Outcome::Interrupted,
+        }
     }
 }
 
@@ -195,12 +238,17 @@ async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Ac
         in_mode!(locks.try_lock_all(&work.keys), args).await?
     } else {
         match in_mode!(locks.lock_all(&work.keys), args).await {
-            Err(error) if error.is_timeout() => return Ok(Acquisition::NotAcquired(exit::in_words(&error))),
+            Err(error) if error.is_timeout() => {
+                return Ok(Acquisition::NotAcquired {
+                    reason: exit::in_words(&error),
+                    is_timeout: true,
+                });
+            }
             guard => Some(guard?),
         }
     };
     let held = guard.map(Holding::Manager);
-    Ok(held.map_or_else(|| Acquisition::busy(work), Acquisition::Acquired))
+    Ok(held.map_or_else(|| Acquisition::busy(work, args), Acquisition::Acquired))
 }
 
 /// Builds the command, with the locks in its environment.
@@ -218,11 +266,17 @@ async fn run_under_lock(
     work: &Work<'_>,
     keeper: &Keeper,
     events: &mut Events,
+    call: &mut Call,
     grace: Duration,
 ) -> Result<u8, Failure> {
     let outcome = if held.is_valid() {
+        let started = Instant::now();
         match RunningCommand::spawn(command, keeper) {
-            Ok(running) => Ok(running.wait(&held, events, grace).await),
+            Ok(running) => {
+                let outcome = running.wait(&held, events, grace).await;
+                call.ran = started.elapsed();
+                Ok(outcome)
+            }
             Err(error) => Err(command::spawn_failure(work.program, error)),
         }
     } else {
@@ -231,9 +285,13 @@ async fn run_under_lock(
         output::eprint(format_args!("{lost}; the command was not started"));
         Ok(Outcome::Lost)
     };
+    if matches!(outcome, Ok(Outcome::Lost)) {
+        call.outcome = textfile::Outcome::Lost;
+    }
     // The release also reports whether the lock was held until now.
     match held.release().await {
         Err(NotReleased::Lost(error)) => {
+            call.outcome = textfile::Outcome::Lost;
             if !matches!(outcome, Ok(Outcome::Lost)) {
                 output::eprint(error);
             }

@@ -11,6 +11,7 @@
 //! | `holding`, `agent` | the locks, of a manager or of an agent; taking a lock through an agent |
 //! | `command` | the command, from its start until its last process is gone |
 //! | `process_tree`, `process` | the processes of the command; a snapshot of a process |
+//! | `textfile` | a report for the textfile collector of node_exporter |
 //! | `signals`, `terminal` | blocked signals; the controlling terminal |
 
 mod agent;
@@ -26,6 +27,7 @@ mod process;
 mod process_tree;
 mod signals;
 mod terminal;
+mod textfile;
 
 use std::convert::Infallible;
 use std::ffi::OsString;
@@ -40,6 +42,7 @@ use crate::{metrics, serve, shards};
 use agent::AgentRequest;
 use arguments::Work;
 use fork::Role;
+use textfile::Textfile;
 
 /// Run a command while holding a lock
 ///
@@ -157,6 +160,9 @@ pub(crate) struct Args {
     agent: Option<PathBuf>,
 
     #[command(flatten)]
+    textfile: textfile::Options,
+
+    #[command(flatten)]
     metrics: metrics::Options,
 
     #[command(flatten)]
@@ -255,7 +261,12 @@ impl Args {
 /// Call this while the process has a single thread.
 pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     // Report invalid arguments before the fork, from the process that the caller started.
-    let source = args.source(&Work::parse(&args)?)?;
+    let work = Work::parse(&args)?;
+    let source = args.source(&work)?;
+    if let Some(textfile) = Textfile::new(&args.textfile, &work.keys) {
+        textfile.check()?;
+    }
+    drop(work);
     match fork::fork().map_err(Failure::system)? {
         Role::Front(mut front) => front.run(),
         Role::Keeper(keeper) => crate::on_this_thread(keeper.run(args, source)),

@@ -9,3 +9,4 @@ mod outcome;
 mod process_tree;
 mod signals;
 mod terminal;
+mod textfile;
