@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::field::display;
+
 use crate::backoff::Backoff;
 use crate::body::while_held;
 use crate::clock::Moment;
@@ -130,25 +132,30 @@ impl Election {
     /// ```
     pub async fn lead<T>(self, mut body: impl AsyncFnMut(&LockGuard) -> T) -> Result<T, LockError> {
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+        let log = ElectionLog {
+            names_keys: self.request.names_keys(),
+        };
         loop {
             let term = match self.request.clone().await {
                 Ok(term) => term,
                 Err(error) if ends_election(&error) => return Err(error),
                 Err(error) => {
-                    tracing::warn!(%error, "a campaign failed; campaigning again");
+                    log.failed(&error, "a campaign failed; campaigning again");
                     backoff.wait().await;
                     continue;
                 }
             };
             let since = Moment::now();
-            tracing::info!(key = term.key(), token = %term.token(), "this process leads");
+            log.leads(&term);
             let Some(value) = while_held(term.lost(), || term.is_valid(), body(&term)).await else {
                 let reason = term.lost().await;
                 if reason == LossReason::Closed {
                     return Err(Failure::Closed.into());
                 }
-                let error = term.lost_error(reason);
-                tracing::warn!(%error, "this process no longer leads; campaigning again");
+                log.failed(
+                    &term.lost_error(reason),
+                    "this process no longer leads; campaigning again",
+                );
                 drop(term);
                 // A term that lasted shows that the earlier failures are over.
                 if Moment::now().since(since) >= PAUSE_MAX {
@@ -158,10 +165,33 @@ impl Election {
                 continue;
             };
             if let Err(error) = term.release().await {
-                tracing::warn!(%error, "the end of a term was not confirmed");
+                log.failed(&error, "the end of a term was not confirmed");
             }
             return Ok(value);
         }
+    }
+}
+
+/// The log lines of an election.
+#[derive(Debug, Clone, Copy)]
+struct ElectionLog {
+    /// Whether lines above debug level may contain the key, which every error does.
+    names_keys: bool,
+}
+
+impl ElectionLog {
+    fn leads(self, term: &LockGuard) {
+        let (key, token) = (term.key(), term.token());
+        let named = self.names_keys.then_some(key);
+        tracing::info!(key = named, %token, "this process leads");
+        tracing::debug!(key, %token, "the election that this process has won");
+    }
+
+    fn failed(self, error: &LockError, what: &'static str) {
+        let kind = error.kind();
+        let shown = self.names_keys.then(|| display(error));
+        tracing::warn!(?kind, error = shown, "{what}");
+        tracing::debug!(%error, "{what}");
     }
 }
 

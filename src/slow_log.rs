@@ -1,4 +1,4 @@
-//! Rate-limited log lines about slow waits, long holds and lost locks.
+//! Log lines about slow waits, long holds and lost locks, at a bounded rate.
 
 use std::collections::HashMap;
 use std::panic::Location;
@@ -12,6 +12,9 @@ use crate::key::LockKey;
 
 /// The shortest interval between two lines about the same call site.
 const INTERVAL: Duration = Duration::from_secs(10);
+/// How many lost locks have a line each in an interval. A server that fails may lose all locks of a
+/// process at once.
+const LOSSES_MAX: u64 = 20;
 /// How many call sites are distinguished. All others share one window.
 const CALL_SITES_MAX: usize = 64;
 
@@ -42,6 +45,14 @@ pub(crate) struct SlowLog {
     waits: CallSiteLimits,
     holds: CallSiteLimits,
     still_waiting: RateLimit,
+    losses: Mutex<Option<Losses>>,
+}
+
+/// The locks lost in one interval.
+#[derive(Debug)]
+struct Losses {
+    since: Moment,
+    count: u64,
 }
 
 impl SlowLog {
@@ -54,6 +65,7 @@ impl SlowLog {
             waits: CallSiteLimits::default(),
             holds: CallSiteLimits::default(),
             still_waiting: RateLimit::default(),
+            losses: Mutex::default(),
         }
     }
 
@@ -116,16 +128,55 @@ impl SlowLog {
         }
     }
 
-    /// A guard was lost.
+    /// A guard was lost. After [`LOSSES_MAX`] lines in an interval, further losses are counted.
     pub(crate) fn lost(&self, key: &LockKey, shard: &str, reason: LossReason) {
-        let named = self.key(key);
-        tracing::warn!(%shard, %reason, key = named, "a lock was lost");
+        let now = Moment::now();
+        self.flush(now);
+        let count = {
+            let mut losses = self.losses.lock();
+            let losses = losses.get_or_insert(Losses { since: now, count: 0 });
+            losses.count += 1;
+            losses.count
+        };
+        if count <= LOSSES_MAX {
+            let named = self.key(key);
+            tracing::warn!(%shard, %reason, key = named, "a lock was lost");
+        }
         tracing::debug!(%key, %shard, %reason, "the lock that was lost");
+    }
+
+    /// Logs how many losses of an interval that is over had no line. Called regularly.
+    pub(crate) fn flush(&self, now: Moment) {
+        let is_over = |losses: &mut Losses| now.since(losses.since) >= INTERVAL;
+        let over = self.losses.lock().take_if(is_over);
+        over.iter().for_each(Losses::report_rest);
+    }
+
+    /// Whether lines above debug level may contain keys.
+    pub(crate) const fn names_keys(&self) -> bool {
+        self.names_keys
     }
 
     /// The key, if lines above debug level may contain it.
     fn key<'a>(&self, key: &'a LockKey) -> Option<&'a str> {
         self.names_keys.then(|| key.as_str())
+    }
+}
+
+impl Losses {
+    fn report_rest(&self) {
+        if let Some(suppressed) = self.count.checked_sub(LOSSES_MAX).filter(|&rest| rest > 0) {
+            tracing::warn!(
+                suppressed,
+                "more locks were lost; shardlock_lost_total has the numbers by shard and reason"
+            );
+        }
+    }
+}
+
+impl Drop for SlowLog {
+    fn drop(&mut self) {
+        self.losses.get_mut().iter().for_each(Losses::report_rest);
     }
 }
 

@@ -41,6 +41,7 @@ pub(super) async fn report(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]
         flush(metrics, &shards);
         if now >= look_at {
             shards.iter().for_each(look);
+            manager.slow_log.flush(now);
             manager.hot.decay(now);
             look_at = now + LOOK_EVERY_MIN.max(Moment::now().since(now) * 100);
         }

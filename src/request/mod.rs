@@ -118,6 +118,11 @@ impl LockRequest {
         }
     }
 
+    /// Whether log lines above debug level may contain the key.
+    pub(crate) fn names_keys(&self) -> bool {
+        self.manager.context.slow_log.names_keys()
+    }
+
     fn overrides(&mut self) -> &mut Overrides {
         self.overrides.get_or_insert_default()
     }

@@ -183,6 +183,67 @@ fn without_log_keys_no_key_is_told_above_debug() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_log_keys_losses_holds_and_terms_do_not_name_the_key() {
+    let listener = listener();
+    let locks = LockManager::builder()
+        .named_shard("private", "memory://tracing-private")
+        .log_keys(false)
+        .slow_wait(Duration::from_millis(20))
+        .long_hold(Duration::from_millis(20));
+    let locks = locks.connect().await.unwrap();
+    let guard = locks.lock("private-1").max_hold(Duration::from_secs(3)).await.unwrap();
+    let waiting = waiting(&locks, "private-1");
+    guard.lost().await;
+    drop(waiting.await.unwrap());
+    locks.lead("private-2", async |_| ()).await.unwrap();
+    for message in [
+        "slow wait for a lock, still waiting",
+        "a lock has been held for a long time",
+        "a lock was lost",
+    ] {
+        let line = format!("WARN message={message} shard=private");
+        eventually(message, PATIENCE, || !listener.lines(&line).is_empty()).await;
+    }
+    assert!(!listener.lines("INFO message=this process leads").is_empty());
+    let named = listener.lines("private-");
+    assert!(!named.is_empty());
+    let loud = ["WARN", "INFO", "ERROR"];
+    let loud: Vec<_> = named
+        .iter()
+        .filter(|line| loud.iter().any(|level| line.starts_with(level)))
+        .collect();
+    assert!(loud.is_empty(), "{loud:#?}");
+}
+
+/// A server that fails loses all locks of a process at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_lost_locks_have_a_few_lines_and_their_number() {
+    let listener = listener();
+    let locks = LockManager::builder().named_shard("many", "memory://tracing-many");
+    let locks = locks.connect().await.unwrap();
+    let mut guards = Vec::new();
+    for number in 0..100 {
+        let request = locks.lock(format!("k-{number}")).max_hold(Duration::from_secs(2));
+        guards.push(request.await.unwrap());
+    }
+    for guard in &guards {
+        guard.lost().await;
+    }
+    eventually("all losses are logged at debug level", PATIENCE, || {
+        listener.lines("DEBUG message=the lock that was lost key=k-").len() == 100
+    })
+    .await;
+    assert_eq!(listener.lines("WARN message=a lock was lost shard=many").len(), 20);
+    drop((guards, locks));
+    eventually("the rest is counted", PATIENCE, || {
+        !listener.lines("WARN message=more locks were lost").is_empty()
+    })
+    .await;
+    let rest = listener.lines("more locks were lost");
+    assert!(rest.len() == 1 && rest[0].contains("suppressed=80"), "{rest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
     let listener = listener();
     let server = RedisServer::start();
