@@ -98,6 +98,11 @@ impl Prometheus {
         panic!("{PORTS_TRIED_MAX} ports that were free were taken a moment later");
     }
 
+    /// Its address, as a URL.
+    pub fn url(&self) -> String {
+        format!("http://{}:{}", Ipv4Addr::LOCALHOST, self.port)
+    }
+
     /// Evaluates the expression now. Panics if the expression is invalid.
     #[track_caller]
     pub fn query(&self, expression: &str) -> Vec<Sample> {

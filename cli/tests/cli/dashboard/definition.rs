@@ -21,6 +21,8 @@ pub(crate) struct Dashboard {
     pub(crate) panels: Vec<Panel>,
     /// Marks on all graphs, in the form of panels: the legend is the text of the mark.
     pub(crate) annotations: Vec<Panel>,
+    /// The titles of the rows.
+    pub(crate) rows: Vec<String>,
     /// The addresses of pages.
     pub(crate) links: Vec<String>,
     pub(crate) variables: Vec<Variable>,
@@ -64,6 +66,10 @@ impl Dashboard {
             panels: panels.map(Panel::read).collect(),
             annotations: list(&document["annotations"]["list"])
                 .map(Panel::read_annotation)
+                .collect(),
+            rows: list(&document["panels"])
+                .filter(|panel| panel["type"] == "row")
+                .map(|row| text(&row["title"]))
                 .collect(),
             links: list(&document["links"]).map(|link| text(&link["url"])).collect(),
             variables: asked.map(Variable::read).collect(),

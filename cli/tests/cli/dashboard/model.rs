@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::definition;
 
 /// The Python interpreter that has the model.
-fn python() -> PathBuf {
+pub(super) fn python() -> PathBuf {
     let path = std::env::var_os("SHARDLOCK_PYTHON").filter(|path| !path.is_empty());
     path.map(PathBuf::from).unwrap_or_else(|| {
         panic!(

@@ -1,12 +1,14 @@
 //! The data of panels and variables while the load runs.
 
 use std::collections::BTreeSet;
+use std::process::Command;
 
 use support::prometheus::{Prometheus, Sample};
 
-use super::definition::{Choice, Dashboard, filled};
+use super::definition::{self, Choice, Dashboard, filled};
 use super::environment::Environment;
 use super::faults::{FAULTS, QUIET, Sign};
+use super::model;
 
 /// The classes of the load.
 const CLASSES: [&str; 8] = ["cron", "default", "jobs", "mail", "other", "prices", "reports", "sale"];
@@ -38,6 +40,8 @@ fn every_panel_and_every_variable_has_data_under_load() {
     some.insert("shard", "(shard-0|shard-1|shard-2)".to_owned());
     has_data(&dashboard, &environment, &some);
 
+    picture_shows_every_panel(&dashboard, &environment);
+
     for variable in &dashboard.variables {
         let values = environment
             .prometheus
@@ -52,6 +56,33 @@ fn every_panel_and_every_variable_has_data_under_load() {
         };
         assert!(is_right, "{}: {values:?}", variable.name);
     }
+}
+
+/// The picture of the dashboard for documents can be drawn from the same data.
+#[track_caller]
+fn picture_shows_every_panel(dashboard: &Dashboard, environment: &Environment) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dashboard.svg");
+    let rows: Vec<_> = dashboard.rows.iter().map(String::as_str).collect();
+    let drawn = Command::new(model::python())
+        .arg("-B")
+        .arg(definition::folder().join("picture.py"))
+        .arg(environment.prometheus.url())
+        .arg(&file)
+        .args(["--minutes", "1", "--rows"])
+        .args(rows)
+        .output()
+        .unwrap();
+    assert!(drawn.status.success(), "{}", String::from_utf8_lossy(&drawn.stderr));
+    let text = std::fs::read_to_string(file).unwrap();
+    let svg = roxmltree::Document::parse(&text).expect("an SVG");
+    let texts: BTreeSet<_> = svg.descendants().filter_map(|node| node.text()).collect();
+    for panel in &dashboard.panels {
+        // Long titles are cut.
+        let start: String = panel.title.chars().take(20).collect();
+        assert!(texts.iter().any(|text| text.starts_with(&start)), "{}", panel.title);
+    }
+    assert!(!texts.contains("No data"), "{text}");
 }
 
 #[track_caller]
