@@ -225,6 +225,12 @@ impl LockGuard {
         }
     }
 
+    /// The lease behind the guard.
+    #[cfg(feature = "tower")]
+    pub(crate) fn lease(&self) -> Arc<Lease> {
+        Arc::clone(&self.lease)
+    }
+
     /// The error for a holder that has lost its lock.
     pub(crate) fn lost_error(&self, reason: LossReason) -> LockError {
         Failure::Lost {

@@ -299,6 +299,7 @@
 //! - `file`: settings from a TOML file
 //! - `admin`: the HTTP endpoint for operators
 //! - `serde`: `Serialize` for the types of [`introspect`], as the endpoint shows them
+//! - `tower`: a layer that serves requests under locks, for axum, apalis and others
 //!
 //! # Testing your own code
 //!
@@ -379,6 +380,8 @@ mod text;
 mod time_limit;
 #[doc(hidden)]
 pub mod tool;
+#[cfg(feature = "tower")]
+pub mod tower;
 
 pub use error::{LockError, LossReason};
 pub use fence::FencingToken;

@@ -421,6 +421,12 @@ impl TryLockRequest {
         Self(request)
     }
 
+    /// The key, for an error about it; empty if it is invalid.
+    #[cfg(feature = "tower")]
+    pub(crate) fn key_name(&self) -> String {
+        self.0.key.as_ref().map(ToString::to_string).unwrap_or_default()
+    }
+
     /// Requests the key in shared mode. See [`LockRequest::shared`].
     pub fn shared(mut self) -> Self {
         self.0 = self.0.shared();

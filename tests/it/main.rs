@@ -44,6 +44,8 @@ mod sentinel;
 mod servers;
 mod shards;
 mod tokens;
+#[cfg(feature = "tower")]
+mod tower;
 mod traffic;
 
 use support::worker;

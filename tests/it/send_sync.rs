@@ -36,6 +36,26 @@ async fn all_futures_can_be_sent() {
     send(locks.shutdown()).await.unwrap();
 }
 
+/// What a server of tower requires of a service.
+#[cfg(feature = "tower")]
+#[test]
+fn service_with_a_lock_can_be_sent_and_shared() {
+    use shardlock::tower::{Hold, LockLayer, LockLayerError, ResponseFuture};
+    use tower::Layer;
+
+    fn shared<T: Clone + Send + Sync + 'static>(_: T) {}
+
+    all::<Hold>();
+    all::<LockLayerError>();
+    send::<Option<ResponseFuture<()>>>(None);
+    let lock_of = |_: &()| None::<LockRequest>;
+    let layer = LockLayer::new(lock_of)
+        .attach(|(): &mut (), _: &Hold| {})
+        .on_busy(|()| ());
+    shared(layer.layer(tower::service_fn(|()| std::future::ready(Ok::<_, LockLayerError>(())))));
+    shared(layer);
+}
+
 /// A body that keeps the guard across an await.
 async fn named_body(guard: &LockGuard) -> u64 {
     tokio::task::yield_now().await;
