@@ -300,6 +300,7 @@
 //! - `admin`: the HTTP endpoint for operators
 //! - `serde`: `Serialize` for the types of [`introspect`], as the endpoint shows them
 //! - `tower`: a layer that serves requests under locks, for axum, apalis and others
+//! - `sqlx`: [`FencingToken`] as a parameter and a column of queries with sqlx 0.8
 //!
 //! # Testing your own code
 //!
@@ -374,6 +375,8 @@ mod simulation;
 mod slow_log;
 mod snapshot;
 mod span;
+#[cfg(feature = "sqlx")]
+mod sqlx;
 mod store;
 mod telemetry;
 mod text;
