@@ -21,7 +21,7 @@ dashboard: cargo ## Run a load and a Prometheus for the dashboard of grafana/, a
 
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && clients=$$(scripts/ensure-clients) && \
-	SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) && export SHARDLOCK_POSTGRES && \
+	SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) && SHARDLOCK_RABBITMQ=$$(scripts/ensure-rabbitmq) && export SHARDLOCK_POSTGRES SHARDLOCK_RABBITMQ && \
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python SHARDLOCK_CLIENTS=$$clients cargo test --locked --all-features --no-fail-fast && \
 	$(with_leases_kept) && (cd benches/peers && $$python -B -m unittest -q)
 
@@ -35,8 +35,8 @@ with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server carg
 
 # TESTS selects tests, as in TESTS="--test it -- basics:: order::".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
-	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && clients=$$(scripts/ensure-clients) && SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) || exit; \
-	export SHARDLOCK_POSTGRES; \
+	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && clients=$$(scripts/ensure-clients) && SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) && SHARDLOCK_RABBITMQ=$$(scripts/ensure-rabbitmq) || exit; \
+	export SHARDLOCK_POSTGRES SHARDLOCK_RABBITMQ; \
 	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python SHARDLOCK_CLIENTS=$$clients; failed=; for server in "" valkey redis8; do \
 		name=$${server:-default}; \
 		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not available)"; continue; }; \

@@ -9,7 +9,7 @@ const PREFIX: &str = "SHARDLOCK_";
 
 /// Variables with our prefix that are not settings of a manager but belong to the command-line tool
 /// and its tests.
-const NOT_SETTINGS: [&str; 10] = [
+const NOT_SETTINGS: [&str; 11] = [
     "SHARDLOCK_AGENT",
     "SHARDLOCK_CLIENTS",
     "SHARDLOCK_CONFIG",
@@ -19,6 +19,7 @@ const NOT_SETTINGS: [&str; 10] = [
     "SHARDLOCK_POSTGRES",
     "SHARDLOCK_PROMETHEUS",
     "SHARDLOCK_PYTHON",
+    "SHARDLOCK_RABBITMQ",
     "SHARDLOCK_REDIS_SERVER",
 ];
 
@@ -44,10 +45,11 @@ impl Config {
     ///
     /// `SHARDLOCK_AGENT`, `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`,
     /// `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_POSTGRES`,
-    /// `SHARDLOCK_PROMETHEUS`, `SHARDLOCK_PYTHON` and `SHARDLOCK_CLIENTS` belong to the
-    /// command-line tool and the tests and are ignored. Also ignored are variables without a value,
-    /// as in `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with such a name, as in
-    /// `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
+    /// `SHARDLOCK_PROMETHEUS`, `SHARDLOCK_PYTHON`, `SHARDLOCK_RABBITMQ` and `SHARDLOCK_CLIENTS`
+    /// belong to the command-line tool and the tests and are ignored. Also ignored are variables
+    /// without a value, as in `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with
+    /// such a name, as in `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or
+    /// `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors
     ///

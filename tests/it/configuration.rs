@@ -272,6 +272,7 @@ fn variables_of_others_are_passed_over() {
         "SHARDLOCK_POSTGRES",
         "SHARDLOCK_PROMETHEUS",
         "SHARDLOCK_PYTHON",
+        "SHARDLOCK_RABBITMQ",
         "SHARDLOCK_CLIENTS",
         "SHARDLOCKS",
         "TTL",

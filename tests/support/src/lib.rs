@@ -19,6 +19,7 @@ pub mod process;
 pub mod prometheus;
 pub mod proxy;
 pub mod quorum;
+pub mod rabbitmq;
 pub mod resp;
 pub mod sentinel;
 pub mod server;

@@ -99,6 +99,14 @@ impl Postgres {
         format!("host={} user=postgres dbname=postgres", self.dir.path().display())
     }
 
+    /// The same as a URL.
+    pub fn url(&self) -> String {
+        format!(
+            "postgres://postgres@localhost/postgres?host={}",
+            self.dir.path().display()
+        )
+    }
+
     /// The last line of this file is `ready` once the server accepts connections.
     fn is_ready(&self) -> bool {
         let state = fs::read_to_string(self.dir.path().join("data/postmaster.pid")).unwrap_or_default();
