@@ -22,12 +22,12 @@ dashboard: cargo ## Run a load and a Prometheus for the dashboard of grafana/, a
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && clients=$$(scripts/ensure-clients) && \
 	SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) && SHARDLOCK_RABBITMQ=$$(scripts/ensure-rabbitmq) && export SHARDLOCK_POSTGRES SHARDLOCK_RABBITMQ && \
-	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python SHARDLOCK_CLIENTS=$$clients cargo test --locked --all-features --no-fail-fast && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python SHARDLOCK_CLIENTS=$$clients cargo test --locked --workspace --all-features --no-fail-fast && \
 	$(with_leases_kept) && (cd benches/peers && $$python -B -m unittest -q)
 
 # The behaviours of single locks again, with leases that linger. The skipped tests are those whose
 # outcome linger changes: see tests/README.md.
-with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server cargo test --locked --all-features --no-fail-fast \
+with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server cargo test --locked --workspace --all-features --no-fail-fast \
 	--test it -- basics:: order:: tokens:: cancellation:: \
 	--skip on_sentinel --skip on_cluster --skip on_redlock --skip on_etcd --skip on_mixed \
 	--skip a_held_key_is_held --skip a_namespace_is_part --skip a_try_does_not_pass --skip an_administrators_deletion \
@@ -41,7 +41,7 @@ test-servers: cargo protoc ## Run all tests against each server: the default, Va
 		name=$${server:-default}; \
 		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not available)"; continue; }; \
 		echo "== $$name: $$("$$path" --version)"; \
-		SHARDLOCK_REDIS_SERVER=$$path cargo test --locked --all-features --no-fail-fast $(TESTS) || failed="$$failed $$name"; \
+		SHARDLOCK_REDIS_SERVER=$$path cargo test --locked --workspace --all-features --no-fail-fast $(TESTS) || failed="$$failed $$name"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi; \
 	echo "the tests passed against all three servers"
@@ -78,7 +78,7 @@ lint: cargo protoc ## Check formatting, lints with each feature and with all, do
 	cargo clippy --locked --all-targets --package shardlock -- -D warnings
 	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --package shardlock --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
 	cargo clippy --locked --all-targets --package shardlock-cli -- -D warnings
-	cargo clippy --locked --all-targets --all-features -- -D warnings
+	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
 	@deny=$$(scripts/ensure-cargo-deny) && set -x && $$deny --locked check bans licenses sources
 
