@@ -74,11 +74,18 @@ pub(crate) struct Renderer {
     upkeep: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// A page that the program adds.
+struct AddedPage {
+    path: &'static str,
+    render: Box<dyn Fn() -> String + Send + Sync>,
+}
+
 /// An endpoint that listens but does not answer requests yet.
 pub struct Admin {
     listener: TcpListener,
     address: SocketAddr,
     renderer: Renderer,
+    added: Vec<AddedPage>,
 }
 
 impl Admin {
@@ -136,7 +143,31 @@ impl Admin {
             listener,
             address: bound,
             renderer,
+            added: Vec::new(),
         })
+    }
+
+    /// Adds a page of the program: at `path`, such as `/jobs`, the JSON document that `render`
+    /// returns. The pages of the endpoint itself can't be replaced.
+    ///
+    /// `render` runs on the thread of the endpoint, for each request of the page. Bound the size of
+    /// the document: it is sent from memory, and to at most 32 clients at a time.
+    ///
+    /// ```no_run
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use shardlock::admin::{Admin, DEFAULT_ADDRESS};
+    /// let admin = Admin::bind(DEFAULT_ADDRESS)?;
+    /// let admin = admin.json_page("/version", || r#"{"version":7}"#.to_owned());
+    /// let locks = shardlock::LockManager::connect("redis://127.0.0.1:6379").await?;
+    /// let server = admin.serve(&locks)?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn json_page(mut self, path: &'static str, render: impl Fn() -> String + Send + Sync + 'static) -> Self {
+        let render = Box::new(render);
+        self.added.push(AddedPage { path, render });
+        self
     }
 
     /// Returns the address on which it listens.
@@ -158,7 +189,8 @@ impl Admin {
     ///
     /// [`AdminError::Thread`] if the system could not provide a thread.
     pub fn serve(self, locks: &LockManager) -> Result<AdminServer, AdminError> {
-        server::start(self.listener, self.address, self.renderer, Arc::downgrade(&locks.inner))
+        let manager = Arc::downgrade(&locks.inner);
+        server::start(self.listener, self.address, self.renderer, self.added, manager)
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use serde::Serialize;
 
-use super::Renderer;
+use super::{AddedPage, Renderer};
 use crate::config::ReadyWhen;
 use crate::context::ManagerShared;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
@@ -31,20 +31,24 @@ impl Page {
         }
     }
 
+    const fn of_json(status: StatusCode, body: String) -> Self {
+        Self {
+            status,
+            content_type: "application/json",
+            body,
+        }
+    }
+
     fn json(status: StatusCode, body: &impl Serialize) -> Self {
         match serde_json::to_string(body) {
-            Ok(body) => Self {
-                status,
-                content_type: "application/json",
-                body,
-            },
+            Ok(body) => Self::of_json(status, body),
             Err(error) => Self::text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }
     }
 }
 
 /// The page at this path. `manager` is `None` once the manager is gone.
-pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&ManagerShared>) -> Page {
+pub(super) fn page(path: &str, renderer: &Renderer, added: &[AddedPage], manager: Option<&ManagerShared>) -> Page {
     match (path, manager) {
         ("/metrics", _) => Page {
             status: StatusCode::OK,
@@ -59,10 +63,14 @@ pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&ManagerShar
         ("/readyz" | "/hot" | "/held" | "/shards", None) => {
             Page::text(StatusCode::SERVICE_UNAVAILABLE, "the lock manager is gone\n")
         }
-        _ => Page::text(
-            StatusCode::NOT_FOUND,
-            "no such page; try /metrics, /healthz, /readyz, /hot, /held or /shards\n",
-        ),
+        _ => match added.iter().find(|added| added.path == path) {
+            Some(added) => Page::of_json(StatusCode::OK, (added.render)()),
+            None => {
+                let added: String = added.iter().map(|added| format!(", {}", added.path)).collect();
+                let message = format!("no such page; try /metrics, /healthz, /readyz, /hot, /held, /shards{added}\n");
+                Page::text(StatusCode::NOT_FOUND, &message)
+            }
+        },
     }
 }
 

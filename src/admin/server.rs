@@ -21,7 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::pages::{self, Page};
-use super::{AdminError, Renderer};
+use super::{AddedPage, AdminError, Renderer};
 use crate::context::ManagerShared;
 
 /// The maximum number of concurrent connections; further ones wait to be accepted.
@@ -59,6 +59,7 @@ impl AdminServer {
 /// State shared by the connections.
 struct Shared {
     renderer: Renderer,
+    added: Vec<AddedPage>,
     manager: Weak<ManagerShared>,
     is_loopback: bool,
 }
@@ -67,6 +68,7 @@ pub(super) fn start(
     listener: std::net::TcpListener,
     address: SocketAddr,
     renderer: Renderer,
+    added: Vec<AddedPage>,
     manager: Weak<ManagerShared>,
 ) -> Result<AdminServer, AdminError> {
     let (stop, stopped) = oneshot::channel();
@@ -77,6 +79,7 @@ pub(super) fn start(
         .map_err(AdminError::Thread)?;
     let shared = Arc::new(Shared {
         renderer,
+        added,
         manager,
         is_loopback: address.ip().is_loopback(),
     });
@@ -160,6 +163,7 @@ fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>>
         pages::page(
             request.uri().path(),
             &shared.renderer,
+            &shared.added,
             shared.manager.upgrade().as_deref(),
         )
     };

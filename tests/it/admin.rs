@@ -358,6 +358,23 @@ async fn only_reading_is_answered_and_only_for_names_of_this_machine() {
 }
 
 #[tokio::test]
+async fn program_can_add_pages_and_replaces_none() {
+    let admin = Admin::bind_with(([127, 0, 0, 1], 0).into(), String::new).unwrap();
+    let admin = admin
+        .json_page("/jobs", || r#"{"jobs":7}"#.to_owned())
+        .json_page("/held", || unreachable!("it is a page of the endpoint"));
+    let locks = LockManager::connect("memory://admin-pages").await.unwrap();
+    let server = admin.serve(&locks).unwrap();
+    assert_eq!(json(server.address(), "/jobs")["jobs"], 7);
+    assert_eq!(json(server.address(), "/held")["total"], 0);
+    let (status, body) = get(server.address(), "/job");
+    assert!(status == 404 && body.contains("/shards, /jobs"), "{body}");
+    // The endpoint does not keep the manager alive, and neither do the pages.
+    drop(locks);
+    assert_eq!(json(server.address(), "/jobs")["jobs"], 7);
+}
+
+#[tokio::test]
 async fn connections_that_say_nothing_do_not_keep_others_out_for_long() {
     let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-idle")).await;
     let idle: Vec<_> = (0..40).map(|_| TcpStream::connect(admin.address()).unwrap()).collect();
