@@ -9,8 +9,10 @@ const PREFIX: &str = "SHARDLOCK_";
 
 /// Variables with our prefix that are not settings of a manager but belong to the command-line tool
 /// and its tests.
-const NOT_SETTINGS: [&str; 11] = [
+const NOT_SETTINGS: [&str; 13] = [
     "SHARDLOCK_AGENT",
+    "SHARDLOCK_AGENT_PASSWORD",
+    "SHARDLOCK_AGENT_PASSWORD_FILE",
     "SHARDLOCK_CLIENTS",
     "SHARDLOCK_CONFIG",
     "SHARDLOCK_ETCD_SERVER",
@@ -43,12 +45,13 @@ impl Config {
     /// `SHARDLOCK_SHARDS` is a list of `url` or `name=url`, separated by commas or spaces; it
     /// replaces the previous shards.
     ///
-    /// `SHARDLOCK_AGENT`, `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`,
-    /// `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_POSTGRES`,
-    /// `SHARDLOCK_PROMETHEUS`, `SHARDLOCK_PYTHON`, `SHARDLOCK_RABBITMQ` and `SHARDLOCK_CLIENTS`
-    /// belong to the command-line tool and the tests and are ignored. Also ignored are variables
-    /// without a value, as in `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with
-    /// such a name, as in `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or
+    /// `SHARDLOCK_AGENT`, `SHARDLOCK_AGENT_PASSWORD`, `SHARDLOCK_AGENT_PASSWORD_FILE`,
+    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`,
+    /// `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_POSTGRES`, `SHARDLOCK_PROMETHEUS`, `SHARDLOCK_PYTHON`,
+    /// `SHARDLOCK_RABBITMQ` and `SHARDLOCK_CLIENTS` belong to the command-line tool and the tests
+    /// and are ignored. Also ignored are variables without a value, as in `SHARDLOCK_TTL=`, and
+    /// those that Kubernetes adds for Services with such a name, as in
+    /// `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or
     /// `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors

@@ -341,6 +341,7 @@ fn variables_in_guides_are_settings() {
     let known: Vec<String> = shardlock::tool::fields()
         .map(|(name, _)| format!("SHARDLOCK_{}", name.to_uppercase()))
         .chain(["CONFIG", "LOG", "METRICS", "REDIS_SERVER", "ETCD_SERVER"].map(|name| format!("SHARDLOCK_{name}")))
+        .chain(["AGENT", "AGENT_PASSWORD", "AGENT_PASSWORD_FILE"].map(|name| format!("SHARDLOCK_{name}")))
         .collect();
     for name in [
         "getting-started",

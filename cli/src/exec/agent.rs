@@ -1,12 +1,12 @@
-//! Taking the lock through the agent of this host (`shardlock serve`), over one connection.
+//! Taking locks through the agent of this host (`shardlock serve`), over one connection.
 //!
 //! # Implementation details
 //!
-//! The lock ends with the connection, so the connection is kept until the command is gone. The
-//! agent reports a loss with a push message, and the end of the connection is a loss as well. An
-//! agent that is stopped reports nothing. Therefore this process asks for the remaining validity
-//! again and again, and considers the lock lost when that time has passed without an answer. The
-//! time counts from before the question was sent.
+//! An agent locks one key at a time. Several keys are locked one after the other, in the order of
+//! [`LockManager::lock_all`](shardlock::LockManager::lock_all), by slot and then by name, so that
+//! requests with overlapping keys do not deadlock, whether they use an agent or not. They share one
+//! time to wait, and whatever fails closes the connection, which releases those that were locked
+//! before. If one of these is lost while a later one is waited for, all of them are locked again.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,33 +14,36 @@ use std::time::Duration;
 use anyhow::anyhow;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{
-    self, AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind,
-    RedisConnectionInfo, RedisError, RedisResult, Value, cmd,
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, IntoConnectionInfo, ProtocolVersion, PushInfo,
+    RedisConnectionInfo, RedisError, RedisResult, cmd,
 };
 use shardlock::LockKey;
 use shardlock::tool::printable;
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
 
-use super::holding::NotReleased;
+use super::agent_locks::{AgentLocks, HeldKey, Loss, next_loss};
 use super::{Args, Permits};
 use crate::exit::{self, Failure};
+use crate::serve;
 
 /// Longer than any wait or hold: the most that the agent accepts.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// How long a release waits for its answer.
-const RELEASE_LIMIT: Duration = Duration::from_secs(5);
+/// How often an attempt is repeated because a lock was lost while a later one was waited for, as
+/// often as a manager repeats it.
+const LOSSES_MAX: u32 = 16;
 
-/// The shortest time between two questions for the validity.
-const ASK_EVERY_MIN: Duration = Duration::from_millis(10);
+/// The environment variables with the password of the agent, or with its file.
+pub(super) const PASSWORD_VARIABLE: &str = "SHARDLOCK_AGENT_PASSWORD";
+const PASSWORD_FILE_VARIABLE: &str = "SHARDLOCK_AGENT_PASSWORD_FILE";
 
 /// What the agent is asked for.
-#[derive(Debug)]
 pub(super) struct AgentRequest {
     socket: PathBuf,
-    key: LockKey,
+    password: Option<String>,
+    /// In the order in which they are locked.
+    keys: Vec<LockKey>,
     /// The words after the key, without those of the wait.
     options: Vec<String>,
     wait: Wait,
@@ -57,13 +60,8 @@ enum Wait {
 impl AgentRequest {
     /// Translates the options of the command line. Those that the agent can't express are refused.
     pub(super) fn new(socket: &Path, args: &Args, keys: &[LockKey]) -> Result<Self, Failure> {
-        let [key] = keys else {
-            return Err(Failure::usage(anyhow!(
-                "{} keys are given, but an agent locks one at a time; give one key, or use --shard \
-                 instead of --agent",
-                keys.len()
-            )));
-        };
+        let mut keys = keys.to_vec();
+        keys.sort_by(|one, other| (one.slot(), one).cmp(&(other.slot(), other)));
         let mut options = Vec::new();
         for (name, option, value) in [
             ("TTL", "--ttl", &args.ttl),
@@ -94,15 +92,18 @@ impl AgentRequest {
         };
         Ok(Self {
             socket: socket.to_owned(),
-            key: key.clone(),
+            password: password(args)?,
+            keys,
             options,
             wait,
         })
     }
 
-    /// Waits for the lock. `None` if it was not acquired in time. An agent that is not there, or
-    /// whose shard is down, is asked again until the time to wait has passed.
-    pub(super) async fn acquire(&self) -> Result<Option<AgentLock>, Failure> {
+    /// Waits for all the locks. `None` if they were not acquired in time. An agent that is not
+    /// there, or whose shard is down, is asked again until the time to wait has passed.
+    ///
+    /// Cancel safe: dropping the future gives up the wait, and the locks that were acquired.
+    pub(super) async fn acquire(&self) -> Result<Option<AgentLocks>, Failure> {
         const PAUSE_MIN: Duration = Duration::from_millis(20);
         const PAUSE_MAX: Duration = Duration::from_secs(1);
         let deadline = match self.wait {
@@ -110,27 +111,56 @@ impl AgentRequest {
             Wait::Default | Wait::No => None,
         };
         let mut bound = PAUSE_MIN;
+        let mut losses = 0;
         loop {
             let error = match self.try_once(deadline).await {
-                Err(error) if is_temporary(&error) => error,
-                Err(error) => return Err(self.failure(&error)),
                 Ok(acquired) => return Ok(acquired),
+                Err(error) => error,
             };
             let pause = rand::random_range(PAUSE_MIN / 2..=bound);
-            if deadline.is_none_or(|deadline| Instant::now() + pause >= deadline) {
+            let is_in_time = deadline.is_some_and(|deadline| Instant::now() + pause < deadline);
+            let again = match &error {
+                AttemptError::Agent(error) => is_temporary(error) && is_in_time,
+                AttemptError::Lost {
+                    may_be_locked_again, ..
+                } => {
+                    losses += 1;
+                    *may_be_locked_again && losses <= LOSSES_MAX && (deadline.is_none() || is_in_time)
+                }
+            };
+            if !again {
                 return Err(self.failure(&error));
             }
-            tracing::debug!(%error, "the agent is unavailable; trying again");
+            tracing::debug!(?error, "the locks were not acquired; trying again");
             sleep(pause).await;
             bound = (bound * 2).min(PAUSE_MAX);
         }
     }
 
-    async fn try_once(&self, deadline: Option<Instant>) -> RedisResult<Option<AgentLock>> {
-        let (sender, pushes) = mpsc::unbounded_channel();
-        let mut connection = connect(&self.socket, sender).await?;
+    /// Locks one key after the other. Dropping the connection releases those that were locked.
+    async fn try_once(&self, deadline: Option<Instant>) -> Result<Option<AgentLocks>, AttemptError> {
+        let (sender, mut pushes) = mpsc::unbounded_channel();
+        let mut connection = self.connect(sender).await?;
+        let mut held: Vec<HeldKey> = Vec::with_capacity(self.keys.len());
+        for key in &self.keys {
+            let lock = self.lock_command(key, deadline);
+            let token: Option<u64> = tokio::select! {
+                biased;
+                loss = next_loss(&mut pushes, &held), if !held.is_empty() => return Err(AttemptError::of(loss, &held)),
+                token = lock.query_async(&mut connection) => token?,
+            };
+            let Some(token) = token else { return Ok(None) };
+            held.push(HeldKey {
+                key: key.clone(),
+                token,
+            });
+        }
+        Ok(Some(AgentLocks::watch(connection, pushes, held).await?))
+    }
+
+    fn lock_command(&self, key: &LockKey, deadline: Option<Instant>) -> Cmd {
         let mut lock = cmd("LOCK");
-        lock.arg(self.key.as_str()).arg(&self.options);
+        lock.arg(key.as_str()).arg(&self.options);
         match self.wait {
             Wait::Default => {}
             Wait::No => {
@@ -141,19 +171,89 @@ impl AgentRequest {
                 lock.arg("TIMEOUT").arg(left.as_millis() as u64);
             }
         }
-        let token: Option<u64> = lock.query_async(&mut connection).await?;
-        let Some(token) = token else { return Ok(None) };
-        AgentLock::watch(connection, pushes, self.key.clone(), token).await
+        lock
     }
 
-    fn failure(&self, error: &RedisError) -> Failure {
-        let code = match error.code() {
-            Some("ERR") => exit::USAGE,
-            _ => exit::UNAVAILABLE,
-        };
-        let socket = self.socket.display();
-        Failure::new(code, anyhow!("agent {socket}: {}", printable(&error.to_string())))
+    async fn connect(&self, pushes: mpsc::UnboundedSender<PushInfo>) -> RedisResult<MultiplexedConnection> {
+        let mut settings = RedisConnectionInfo::default()
+            .set_protocol(ProtocolVersion::RESP3)
+            .set_lib_name("shardlock-exec", env!("CARGO_PKG_VERSION"));
+        if let Some(password) = &self.password {
+            settings = settings.set_password(password);
+        }
+        let address = ConnectionAddr::Unix(self.socket.clone()).into_connection_info()?;
+        let client = Client::open(address.set_redis_settings(settings))?;
+        let config = AsyncConnectionConfig::new()
+            .set_response_timeout(None)
+            .set_push_sender(pushes);
+        client.get_multiplexed_async_connection_with_config(&config).await
     }
+
+    fn failure(&self, error: &AttemptError) -> Failure {
+        let socket = self.socket.display();
+        let (code, what) = match error {
+            AttemptError::Lost { what, .. } => (exit::UNAVAILABLE, what.clone()),
+            AttemptError::Agent(error) if asks_for_password(error) && self.password.is_none() => (
+                exit::CONFIG,
+                format!("it asks for a password; give --agent-password-file FILE, or set {PASSWORD_VARIABLE}"),
+            ),
+            AttemptError::Agent(error) if asks_for_password(error) => {
+                (exit::CONFIG, "it does not accept the password".to_owned())
+            }
+            AttemptError::Agent(error) => {
+                let code = match error.code() {
+                    Some("ERR") => exit::USAGE,
+                    _ => exit::UNAVAILABLE,
+                };
+                (code, printable(&error.to_string()).into_owned())
+            }
+        };
+        Failure::new(code, anyhow!("agent {socket}: {what}"))
+    }
+}
+
+/// Why an attempt to lock all keys has failed.
+#[derive(Debug)]
+enum AttemptError {
+    Agent(RedisError),
+    /// A lock was lost while a later one was waited for.
+    Lost {
+        what: String,
+        may_be_locked_again: bool,
+    },
+}
+
+impl From<RedisError> for AttemptError {
+    fn from(error: RedisError) -> Self {
+        Self::Agent(error)
+    }
+}
+
+impl AttemptError {
+    fn of(loss: Loss, held: &[HeldKey]) -> Self {
+        let may_be_locked_again = loss.may_be_locked_again();
+        Self::Lost {
+            what: loss.describe(held),
+            may_be_locked_again,
+        }
+    }
+}
+
+/// The password of the agent: the option, or else the environment.
+fn password(args: &Args) -> Result<Option<String>, Failure> {
+    let from_env = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let file = args.agent_password_file.clone();
+    let password = match file.or_else(|| from_env(PASSWORD_FILE_VARIABLE).map(PathBuf::from)) {
+        Some(file) => Some(serve::read_password(&file).map_err(Failure::config)?),
+        None => from_env(PASSWORD_VARIABLE).map(std::os::unix::ffi::OsStringExt::into_vec),
+    };
+    let password = password.map(String::from_utf8).transpose();
+    // The error would contain it.
+    password.map_err(|_| Failure::config(anyhow!("the password of the agent is not UTF-8")))
+}
+
+fn asks_for_password(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::AuthenticationFailed || matches!(error.code(), Some("NOAUTH" | "WRONGPASS"))
 }
 
 /// Whether a later attempt may succeed.
@@ -173,164 +273,4 @@ fn millis(option: &str, text: &str) -> Result<Duration, Failure> {
             "{option} is {text:?}, but with --agent it must be a number of whole milliseconds, such as 500ms or 10s"
         ))
     })
-}
-
-async fn connect(socket: &Path, pushes: mpsc::UnboundedSender<PushInfo>) -> RedisResult<MultiplexedConnection> {
-    let settings = RedisConnectionInfo::default()
-        .set_protocol(ProtocolVersion::RESP3)
-        .set_lib_name("shardlock-exec", env!("CARGO_PKG_VERSION"));
-    let address = ConnectionAddr::Unix(socket.to_owned()).into_connection_info()?;
-    let client = Client::open(address.set_redis_settings(settings))?;
-    let config = AsyncConnectionConfig::new()
-        .set_response_timeout(None)
-        .set_push_sender(pushes);
-    client.get_multiplexed_async_connection_with_config(&config).await
-}
-
-/// A lock that the agent holds for this process.
-pub(super) struct AgentLock {
-    connection: MultiplexedConnection,
-    key: LockKey,
-    token: u64,
-    /// Why the lock was lost, once it was.
-    lost: watch::Receiver<Option<String>>,
-    valid_until: watch::Receiver<Instant>,
-    watcher: JoinHandle<()>,
-}
-
-impl AgentLock {
-    /// Asks for the validity, and watches the lock from then on. `None` if it was lost already.
-    async fn watch(
-        mut connection: MultiplexedConnection,
-        mut pushes: mpsc::UnboundedReceiver<PushInfo>,
-        key: LockKey,
-        token: u64,
-    ) -> RedisResult<Option<Self>> {
-        let (lost_sender, lost) = watch::channel(None);
-        let first = ask(&mut connection, &key, token).await?;
-        let (validity, valid_until) = watch::channel(first);
-        let mut asking = connection.clone();
-        let watched = key.clone();
-        let watcher = tokio::spawn(async move {
-            let reason = tokio::select! {
-                reason = next_loss(&mut pushes, &watched, token) => reason,
-                reason = keep_asking(&mut asking, &watched, token, &validity) => reason,
-            };
-            lost_sender.send_replace(Some(reason));
-        });
-        Ok(Some(Self {
-            connection,
-            key,
-            token,
-            lost,
-            valid_until,
-            watcher,
-        }))
-    }
-
-    pub(super) fn key(&self) -> &str {
-        self.key.as_str()
-    }
-
-    pub(super) const fn token(&self) -> u64 {
-        self.token
-    }
-
-    pub(super) fn is_valid(&self) -> bool {
-        self.lost.borrow().is_none() && Instant::now() < *self.valid_until.borrow()
-    }
-
-    fn lost_because(&self, reason: &str) -> String {
-        format!("lock {:?} (token {}) was lost: {reason}", self.key.as_str(), self.token)
-    }
-
-    /// Waits for the loss. Returns which lock it was, and why.
-    pub(super) async fn lost(&self) -> String {
-        let mut lost = self.lost.clone();
-        match lost.wait_for(Option::is_some).await.as_deref() {
-            Ok(Some(reason)) => self.lost_because(reason),
-            // The watcher has ended without a reason: it has panicked.
-            _ => self.lost_because("it is not watched any more"),
-        }
-    }
-
-    pub(super) async fn release(self) -> Result<(), NotReleased> {
-        self.watcher.abort();
-        let known = self.lost.borrow().clone();
-        if let Some(reason) = known {
-            return Err(NotReleased::Lost(self.lost_because(&reason)));
-        }
-        let mut connection = self.connection.clone();
-        let mut unlock = cmd("UNLOCK");
-        unlock.arg(self.key.as_str()).arg(self.token);
-        let answer = unlock.query_async::<u64>(&mut connection);
-        match tokio::time::timeout(RELEASE_LIMIT, answer).await {
-            Ok(Ok(1)) => Ok(()),
-            Ok(Ok(_)) => Err(NotReleased::Lost(
-                self.lost_because("the agent does not hold it any more"),
-            )),
-            Ok(Err(error)) if error.is_io_error() || error.is_connection_dropped() => {
-                Err(NotReleased::Lost(self.lost_because(CONNECTION_ENDED)))
-            }
-            Ok(Err(error)) => Err(NotReleased::Unconfirmed(printable(&error.to_string()).into_owned())),
-            Err(_) => Err(NotReleased::Unconfirmed(format!(
-                "the agent has not answered for {RELEASE_LIMIT:?}"
-            ))),
-        }
-    }
-}
-
-const CONNECTION_ENDED: &str = "the connection to the agent has ended";
-
-/// Until when the lock is certainly held.
-async fn ask(connection: &mut MultiplexedConnection, key: &LockKey, token: u64) -> RedisResult<Instant> {
-    let asked = Instant::now();
-    let mut held = cmd("HELD");
-    held.arg(key.as_str()).arg(token);
-    let millis: u64 = held.query_async(connection).await?;
-    Ok(asked + Duration::from_millis(millis))
-}
-
-/// Waits for the message that the lock was lost, or for the end of the connection.
-async fn next_loss(pushes: &mut mpsc::UnboundedReceiver<PushInfo>, key: &LockKey, token: u64) -> String {
-    while let Some(push) = pushes.recv().await {
-        match push.kind {
-            PushKind::Disconnection => break,
-            PushKind::Other(kind) if kind == "lost" => {
-                if let [lost_key, Value::Int(lost), reason] = &*push.data
-                    && u64::try_from(*lost) == Ok(token)
-                    && redis::from_redis_value::<String>(lost_key.clone()).is_ok_and(|lost| lost == key.as_str())
-                {
-                    let reason = redis::from_redis_value::<String>(reason.clone()).unwrap_or_default();
-                    return printable(&reason).into_owned();
-                }
-            }
-            _ => {}
-        }
-    }
-    CONNECTION_ENDED.to_owned()
-}
-
-/// Asks for the validity before it ends. Returns when the lock is lost.
-async fn keep_asking(
-    connection: &mut MultiplexedConnection,
-    key: &LockKey,
-    token: u64,
-    validity: &watch::Sender<Instant>,
-) -> String {
-    loop {
-        let valid_until = *validity.borrow();
-        let left = valid_until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return "the agent does not hold it any more".to_owned();
-        }
-        sleep((left / 3).max(ASK_EVERY_MIN).min(left)).await;
-        match timeout_at(valid_until, ask(connection, key, token)).await {
-            Ok(Ok(valid_until)) => {
-                validity.send_replace(valid_until);
-            }
-            Ok(Err(_)) => return CONNECTION_ENDED.to_owned(),
-            Err(_) => return "the agent does not answer".to_owned(),
-        }
-    }
 }

@@ -1,10 +1,10 @@
-//! The locks that the keeper holds: those of its own manager, or one of an agent.
+//! The locks that the keeper holds: those of its own manager, or of an agent.
 
 use std::fmt;
 
 use shardlock::{LockAllGuard, LockGuard};
 
-use super::agent::AgentLock;
+use super::agent_locks::AgentLocks;
 use crate::exit;
 
 /// The locks under which the command runs.
@@ -12,7 +12,7 @@ pub(super) enum Holding {
     /// Of a manager in this process.
     Manager(LockAllGuard),
     /// Of the agent of this host.
-    Agent(AgentLock),
+    Agent(AgentLocks),
 }
 
 /// A lock, as the command learns of it.
@@ -38,10 +38,7 @@ impl Holding {
                 token: guard.token().get(),
                 owner: Some(guard.owner()),
             }),
-            Self::Agent(lock) => (lock.key() == key).then(|| Described {
-                token: lock.token(),
-                owner: None,
-            }),
+            Self::Agent(locks) => locks.token(key).map(|token| Described { token, owner: None }),
         }
     }
 
@@ -49,7 +46,7 @@ impl Holding {
     pub(super) fn is_valid(&self) -> bool {
         match self {
             Self::Manager(guards) => guards.is_valid(),
-            Self::Agent(lock) => lock.is_valid(),
+            Self::Agent(locks) => locks.is_valid(),
         }
     }
 
@@ -57,7 +54,7 @@ impl Holding {
     pub(super) async fn lost(&self) -> String {
         match self {
             Self::Manager(guards) => guards.lost().await.to_string(),
-            Self::Agent(lock) => lock.lost().await,
+            Self::Agent(locks) => locks.lost().await,
         }
     }
 
@@ -70,7 +67,7 @@ impl Holding {
                     NotReleased::Unconfirmed(exit::in_words(&error))
                 }
             }),
-            Self::Agent(lock) => lock.release().await,
+            Self::Agent(locks) => locks.release().await,
         }
     }
 }
@@ -79,7 +76,7 @@ impl fmt::Debug for Holding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Manager(guards) => guards.fmt(f),
-            Self::Agent(lock) => f.debug_tuple("Agent").field(&lock.key()).finish(),
+            Self::Agent(locks) => locks.fmt(f),
         }
     }
 }

@@ -10,7 +10,7 @@ use shardlock::config::{Builder, Config};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockKey, LockManager};
 
-use super::agent::AgentRequest;
+use super::agent::{self, AgentRequest};
 use super::arguments::Work;
 use super::command::{self, Outcome, RunningCommand};
 use super::environment;
@@ -132,6 +132,7 @@ impl Keeper {
                     for variable in shards::variables_with_passwords() {
                         command.env_remove(variable);
                     }
+                    command.env_remove(agent::PASSWORD_VARIABLE);
                 }
                 run_under_lock(held, command, work, self, events, call, args.kill_after).await
             }

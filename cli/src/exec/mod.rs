@@ -8,13 +8,15 @@
 //! | `events` | what the keeper must handle: signals from the front, and ended children |
 //! | `arguments` | the keys and the command on the command line |
 //! | `environment` | how the command learns of its locks |
-//! | `holding`, `agent` | the locks, of a manager or of an agent; taking a lock through an agent |
+//! | `holding` | the locks, of a manager or of an agent |
+//! | `agent`, `agent_locks` | taking locks through an agent; holding them |
 //! | `command` | the command, from its start until its last process is gone |
 //! | `process_tree`, `process` | the processes of the command; a snapshot of a process |
 //! | `textfile` | a report for the textfile collector of node_exporter |
 //! | `signals`, `terminal` | blocked signals; the controlling terminal |
 
 mod agent;
+mod agent_locks;
 mod arguments;
 mod command;
 mod environment;
@@ -34,6 +36,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use shardlock::config::Config;
 use shardlock::tool;
 
@@ -145,19 +148,25 @@ pub(crate) struct Args {
 
     /// Keep passwords in the command's environment
     ///
-    /// Without this option, SHARDLOCK_PASSWORD is removed, and so is a SHARDLOCK_SHARDS that
-    /// contains a password. A nested `shardlock` must then get its shards in another way, such as
-    /// from a file. SHARDLOCK_PASSWORD_FILE is kept.
+    /// Without this option, SHARDLOCK_PASSWORD and SHARDLOCK_AGENT_PASSWORD are removed, and so is
+    /// a SHARDLOCK_SHARDS that contains a password. A nested `shardlock` must then get its shards
+    /// in another way, such as from a file. SHARDLOCK_PASSWORD_FILE and
+    /// SHARDLOCK_AGENT_PASSWORD_FILE are kept.
     #[arg(long)]
     inherit_password: bool,
 
     /// Take the lock through the agent with this socket (`shardlock serve`) [default:
     /// $SHARDLOCK_AGENT, unless shards are given on the command line]
     ///
-    /// The agent has the shards and the settings. It locks one key at a time, and LOCK_OWNER is
-    /// not set.
+    /// The agent has the shards and the settings. LOCK_OWNER is not set. With several keys and
+    /// without --timeout, the agent's own limit applies to each of them.
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["shards", "config", "settings", "address"])]
     agent: Option<PathBuf>,
+
+    /// A file whose first line is the password of the agent [default:
+    /// $SHARDLOCK_AGENT_PASSWORD_FILE, or the password in $SHARDLOCK_AGENT_PASSWORD]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shards", "config", "settings", "address"])]
+    agent_password_file: Option<PathBuf>,
 
     #[command(flatten)]
     textfile: textfile::Options,
@@ -229,6 +238,9 @@ impl Args {
     fn source(&self, work: &Work<'_>) -> Result<Source, Failure> {
         match self.agent() {
             Some(socket) => Ok(Source::Agent(AgentRequest::new(&socket, self, &work.keys)?)),
+            None if self.agent_password_file.is_some() => Err(Failure::usage(anyhow!(
+                "--agent-password-file is given, but no agent; give its socket with --agent, or set SHARDLOCK_AGENT"
+            ))),
             None => Ok(Source::Shards(Box::new(self.config()?))),
         }
     }

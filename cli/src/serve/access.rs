@@ -55,8 +55,8 @@ impl Access {
     }
 }
 
-/// The first line of a password file.
-fn read(file: &Path) -> Result<Vec<u8>> {
+/// Reads the first line of a password file.
+pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
     let name = file.display();
     let text = fs::read(file).with_context(|| format!("the password file {name} can't be read"))?;
     let line = text.split(|&byte| byte == b'\n').next().unwrap_or_default();

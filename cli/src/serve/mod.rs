@@ -52,6 +52,7 @@ use access::Access;
 use agent::{Agent, Phase};
 use defaults::Defaults;
 pub(crate) use listen::VARIABLE as AGENT_VARIABLE;
+pub(crate) use access::read as read_password;
 use listen::{Listener, Listeners};
 pub(crate) use options::Args;
 use session::Session;

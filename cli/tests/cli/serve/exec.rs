@@ -1,10 +1,13 @@
-//! `shardlock exec --agent`: a command under a lock of the agent.
+//! `shardlock exec --agent`: a command under locks of the agent.
 
+use std::fs;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use redis::Value;
 use rustix::process::Signal;
-use support::RedisServer;
+use shardlock::LockKey;
+use support::{PATIENCE, RedisServer, wait_until};
 
 use super::Agent;
 use crate::tool::{Notes, Run, bare, is_alive, is_held, run, wait_until_dead};
@@ -129,11 +132,7 @@ fn options_that_an_agent_can_not_express_are_refused() {
     let agent = Agent::start(&server);
     for (args, expected) in [
         (
-            &["-k", "a", "-k", "b", "true"][..],
-            "2 keys are given, but an agent locks one at a time",
-        ),
-        (
-            &["--ttl", "1us", "k", "true"],
+            &["--ttl", "1us", "k", "true"][..],
             "--ttl is \"1us\", but with --agent it must be",
         ),
         (&["--shard", "redis://127.0.0.1", "k", "true"], "cannot be used with"),
@@ -146,4 +145,209 @@ fn options_that_an_agent_can_not_express_are_refused() {
         assert!(ended.stderr.contains(expected), "{args:?}: {ended:?}");
     }
     assert_eq!(agent.info("held"), "0");
+}
+
+#[test]
+fn several_keys_are_held_together_and_described_in_the_order_of_the_options() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let notes = Notes::new();
+    let described = "echo $LOCK_COUNT $LOCK_KEY_1 $LOCK_TOKEN_1 $LOCK_KEY_2 $LOCK_TOKEN_2 $LOCK_KEY > locks; \
+                     exec sleep 1000";
+    let args = ["-k", "b", "-k", "a", "-k", "b", "sh", "-c", described];
+    let mut command = exec(&agent, &args);
+    command.current_dir(notes.dir());
+    let mut running = Run::start(command);
+    let locks = notes.line("locks");
+    let words: Vec<&str> = locks.split_whitespace().collect();
+    let ["2", "b", token_b, "a", token_a, "b"] = *words else {
+        panic!("{locks}")
+    };
+    let mut client = agent.connect();
+    for (key, token) in [("a", token_a), ("b", token_b)] {
+        assert!(client.integer(&["HELD", key, token]) > 0, "{locks}");
+    }
+    assert_eq!(agent.info("held"), "2");
+    let ended = run(exec(&agent, &["-n", "-k", "c", "-k", "a", "true"]));
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(
+        ended.stderr.contains("one of the locks \"c\", \"a\" is held"),
+        "{ended:?}"
+    );
+    // Nothing stays locked when not all are free.
+    client.integer(&["LOCK", "c", "NOWAIT"]);
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code, 128 + 15);
+    drop(client);
+    agent.wait_until_free();
+}
+
+/// Half of the commands name the keys the other way round, and some have a manager of their own.
+#[test]
+fn commands_with_overlapping_keys_do_not_deadlock() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let keys = ["a", "b", "c", "d", "e"];
+    let commands: Vec<Run> = (0..12)
+        .map(|number| {
+            let (one, other) = (keys[number % keys.len()], keys[(number * 2 + 1) % keys.len()]);
+            let third = keys[(number + 3) % keys.len()];
+            let args = ["-w", "1h", "-k", one, "-k", other, "-k", third, "sleep", "0.02"];
+            let command = if number % 4 == 3 {
+                crate::tool::tool(&server, &[&["exec"], &args[..]].concat())
+            } else {
+                exec(&agent, &args)
+            };
+            Run::start(command)
+        })
+        .collect();
+    for mut command in commands {
+        let ended = command.end();
+        assert_eq!(ended.code, 0, "{ended:?}");
+    }
+    agent.wait_until_free();
+}
+
+#[test]
+fn several_keys_share_one_time_to_wait() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let (first, second) = in_order("a", "b");
+    let mut holder = agent.connect();
+    holder.integer(&["LOCK", second]);
+    holder.integer(&["LOCK", first, "MAXHOLD", "2500"]);
+    let started = Instant::now();
+    let ended = run(exec(&agent, &["-w", "3s", "-k", "a", "-k", "b", "true"]));
+    let took = started.elapsed();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    // With a time for each key, it would be 5.5 s.
+    let range = Duration::from_secs(3)..Duration::from_secs(5);
+    assert!(range.contains(&took), "{took:?}");
+    assert_eq!(agent.info("held"), "1");
+}
+
+#[test]
+fn loss_of_one_of_several_keys_ends_the_command() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let notes = Notes::new();
+    let args = [
+        "-k",
+        "a",
+        "-k",
+        "b",
+        "sh",
+        "-c",
+        "echo $LOCK_TOKEN_2 > token; exec sleep 1000",
+    ];
+    let mut command = exec(&agent, &args);
+    command.current_dir(notes.dir());
+    let mut running = Run::start(command);
+    let token = notes.line("token");
+    // By another connection, as a deletion on the server would be noticed only later.
+    assert_eq!(agent.connect().integer(&["UNLOCK", "b", &token]), 1);
+    let ended = running.end();
+    assert_eq!(ended.code, 117, "{ended:?}");
+    let expected = format!("lock \"b\" (token {token}) was lost: the agent does not hold it any more");
+    assert!(ended.stderr.contains(&expected), "{ended:?}");
+    agent.wait_until_free();
+}
+
+/// The one that is locked first, and the other.
+fn in_order<'a>(one: &'a str, other: &'a str) -> (&'a str, &'a str) {
+    let place = |key: &str| (LockKey::new(key).unwrap().slot(), key.to_owned());
+    if place(one) < place(other) {
+        (one, other)
+    } else {
+        (other, one)
+    }
+}
+
+#[test]
+fn command_does_not_start_if_a_lock_ends_during_the_wait_for_another() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let (first, second) = in_order("a", "b");
+    let mut holder = agent.connect();
+    holder.integer(&["LOCK", second]);
+    let args = ["--max-hold", "200ms", "-w", "1h", "-k", "a", "-k", "b", "echo", "ran"];
+    let ended = run(exec(&agent, &args));
+    assert_eq!((ended.code, ended.stdout.as_str()), (69, ""), "{ended:?}");
+    let expected = format!("lock \"{first}\" (token ");
+    assert!(
+        ended.stderr.contains(&expected) && ended.stderr.contains("was lost: max_hold"),
+        "{ended:?}"
+    );
+    assert_eq!(agent.info("held"), "1");
+}
+
+/// The shard forgets the first lock. Another command would get it, so it is locked again.
+#[test]
+fn lock_that_is_taken_during_the_wait_for_another_is_locked_again() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let (first, second) = in_order("a", "b");
+    let mut holder = agent.connect();
+    holder.integer(&["LOCK", second]);
+    let shown = "echo $LOCK_KEY_1 $LOCK_TOKEN_1 > token";
+    let notes = Notes::new();
+    let mut command = exec(&agent, &["-w", "1h", "-k", first, "-k", second, "sh", "-c", shown]);
+    command.current_dir(notes.dir());
+    let mut waiting = Run::start(command);
+    agent.wait_until_waiting(1);
+    let owner = || server.query::<Option<String>>(&["GET", &format!("lock:{first}")]);
+    // Waiting for the first one, for as long as it takes to acquire it, is waiting as well.
+    wait_until("the first key is held", PATIENCE, || owner().is_some());
+    let before = owner();
+    server.command(&["DEL", &format!("lock:{first}")]);
+    wait_until("the first key is locked again", PATIENCE, || {
+        assert!(waiting.is_running(), "{}", waiting.stderr());
+        owner().is_some_and(|now| Some(now) != before)
+    });
+    drop(holder);
+    assert_eq!(waiting.end().code, 0);
+    assert!(notes.line("token").starts_with(first));
+}
+
+#[test]
+fn password_of_the_agent_comes_from_a_file_or_the_environment() {
+    let server = RedisServer::start();
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let file = dir.path().join(name);
+        fs::write(&file, text).unwrap();
+        file.to_str().unwrap().to_owned()
+    };
+    let (right, wrong) = (write("right", "s3cret\nnot this\n"), write("wrong", "other"));
+    let agent = Agent::with(&server, &["--password-file", &right]);
+    let shown = ["k", "sh", "-c", "echo ${SHARDLOCK_AGENT_PASSWORD-none} $LOCK_KEY"];
+
+    let ended = run(exec(&agent, &[&["--agent-password-file", &right], &shown[..]].concat()));
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "none k\n"), "{ended:?}");
+    for (variable, value) in [
+        ("SHARDLOCK_AGENT_PASSWORD_FILE", right.as_str()),
+        ("SHARDLOCK_AGENT_PASSWORD", "s3cret"),
+    ] {
+        let mut command = exec(&agent, &shown);
+        command.env(variable, value);
+        let ended = run(command);
+        assert_eq!((ended.code, ended.stdout.as_str()), (0, "none k\n"), "{ended:?}");
+    }
+    let mut command = exec(&agent, &[&["--inherit-password"], &shown[..]].concat());
+    command.env("SHARDLOCK_AGENT_PASSWORD", "s3cret");
+    assert_eq!(run(command).stdout, "s3cret k\n");
+
+    let missing = dir.path().join("none").to_str().unwrap().to_owned();
+    for (options, expected) in [
+        (&[][..], "it asks for a password; give --agent-password-file"),
+        (&["--agent-password-file", &wrong], "it does not accept the password"),
+        (&["--agent-password-file", &missing], "can't be read"),
+    ] {
+        let ended = run(exec(&agent, &[&["-w", "1h"], options, &["k", "true"]].concat()));
+        assert_eq!(ended.code, 78, "{options:?}: {ended:?}");
+        assert!(ended.stderr.contains(expected), "{options:?}: {ended:?}");
+        assert!(!ended.stderr.contains("s3cret"), "{ended:?}");
+    }
+    let ended = run(bare(&["exec", "--agent-password-file", &right, "k", "true"]));
+    assert_eq!(ended.code, 64, "{ended:?}");
 }
