@@ -114,7 +114,7 @@ impl LockManager {
         if credentials.is_some() {
             check_callback(&config)?;
         }
-        telemetry::describe();
+        telemetry::describe(telemetry::METRICS);
         let id = ManagerId::new();
         let map = config.shard_map();
         let runtimes = Runtimes::here();

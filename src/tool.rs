@@ -9,6 +9,7 @@ use deadpool_redis::redis::RedisError;
 
 pub use crate::endpoint::ServerUrl;
 pub use crate::identity::manager_of;
+pub use crate::telemetry::agent_table as agent_metrics;
 pub use crate::text::{must_be_escaped, printable};
 
 use crate::config::Config;
@@ -91,6 +92,11 @@ pub fn key_of_lease(config: &Config, name: &str) -> Option<LockKey> {
 #[must_use]
 pub fn key_of_etcd_entry(config: &Config, name: &[u8]) -> Option<LockKey> {
     crate::store::etcd::key_of_entry(&config.namespace, name)
+}
+
+/// Registers the descriptions of the agent's metrics with the installed recorder.
+pub fn describe_agent_metrics() {
+    crate::telemetry::describe(agent_metrics::AGENT_METRICS);
 }
 
 /// The outcome of [`break_lease`].

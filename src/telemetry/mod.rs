@@ -4,6 +4,7 @@
 //! Install a recorder before connecting: handles created without one never record anything. The
 //! library itself installs a recorder only for the admin endpoint, on request.
 
+pub mod agent_table;
 mod cells;
 mod class;
 mod class_gauges;
@@ -31,8 +32,8 @@ pub(crate) use table::HOT_KEY;
 pub use table::{METRICS, Metric, MetricKind, MetricUnit};
 
 /// Registers the description of each metric with the installed recorder.
-pub(crate) fn describe() {
-    for metric in METRICS {
+pub(crate) fn describe(metrics: &[Metric]) {
+    for metric in metrics {
         let unit = match metric.unit {
             MetricUnit::Count | MetricUnit::Ratio => Unit::Count,
             MetricUnit::Seconds => Unit::Seconds,

@@ -67,13 +67,14 @@ impl Metric {
     }
 }
 
-/// Defines the constants for the names, and the table.
-macro_rules! metrics {
-    ($($(#[$attribute:meta])* $constant:ident = $name:literal, $kind:ident, $unit:ident, $labels:expr, $meaning:literal, $action:literal;)*) => {
-        $($(#[$attribute])* pub(crate) const $constant: &str = $name;)*
+/// Defines the constants for the names, with this visibility, and the public table.
+macro_rules! metric_table {
+    ($(#[$doc:meta])* $visibility:vis $table:ident;
+     $($(#[$attribute:meta])* $constant:ident = $name:literal, $kind:ident, $unit:ident, $labels:expr, $meaning:literal, $action:literal;)*) => {
+        $($(#[$attribute])* $visibility const $constant: &str = $name;)*
 
-        /// All metrics. Durations are in seconds.
-        pub const METRICS: &[Metric] = &[$(Metric {
+        $(#[$doc])*
+        pub const $table: &[Metric] = &[$(Metric {
             name: $name,
             kind: MetricKind::$kind,
             unit: MetricUnit::$unit,
@@ -84,7 +85,11 @@ macro_rules! metrics {
     };
 }
 
-metrics! {
+pub(super) use metric_table;
+
+metric_table! {
+    /// All metrics. Durations are in seconds.
+    pub(crate) METRICS;
     ACQUISITIONS = "shardlock_acquisitions_total", Counter, Count, ["class", "mode", "outcome", "path"],
         "completed lock requests, by mode (exclusive, shared or permits), by outcome (acquired, busy, timeout, \
          queue_full, unavailable, refused, closed, cancelled) and, if acquired, by path: uncontended, local (from \
@@ -224,13 +229,14 @@ metrics! {
 mod tests {
     use std::fmt::Write;
 
+    use super::super::agent_table::AGENT_METRICS;
     use super::*;
 
-    fn as_markdown() -> String {
+    fn as_markdown(metrics: &[Metric]) -> String {
         let mut table = String::from(
             "| name | kind | unit | labels | meaning | what to do when it moves |\n|---|---|---|---|---|---|\n",
         );
-        for metric in METRICS {
+        for metric in metrics {
             let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
             writeln!(
                 table,
@@ -248,17 +254,18 @@ mod tests {
     }
 
     #[test]
-    fn the_page_has_the_table_of_the_code() {
-        let table = as_markdown();
-        assert!(
-            include_str!("../../METRICS.md").contains(&table),
-            "METRICS.md does not have this table; paste it there:\n\n{table}"
-        );
+    fn the_page_has_the_tables_of_the_code() {
+        for table in [METRICS, AGENT_METRICS].map(as_markdown) {
+            assert!(
+                include_str!("../../METRICS.md").contains(&table),
+                "METRICS.md does not have this table; paste it there:\n\n{table}"
+            );
+        }
     }
 
     #[test]
     fn names_follow_the_rules_of_prometheus() {
-        for metric in METRICS {
+        for metric in METRICS.iter().chain(AGENT_METRICS) {
             let unit = match (metric.kind, metric.unit) {
                 (MetricKind::Counter, _) => "_total",
                 (_, MetricUnit::Seconds) => "_seconds",

@@ -10,6 +10,7 @@ use super::clients::Clients;
 use super::defaults::Defaults;
 use super::held::HeldLocks;
 use super::limits::Limits;
+use super::metrics::AgentMetrics;
 
 /// The agent, as its connections see it.
 pub(super) struct Agent {
@@ -19,6 +20,7 @@ pub(super) struct Agent {
     pub(super) limits: Limits,
     pub(super) access: Access,
     pub(super) defaults: Defaults,
+    pub(super) metrics: AgentMetrics,
     pub(super) started: Instant,
     phase: watch::Sender<Phase>,
 }
@@ -35,14 +37,17 @@ pub(super) enum Phase {
 }
 
 impl Agent {
+    /// Call this once a metrics recorder is installed, if there will be one.
     pub(super) fn new(locks: LockManager, limits: Limits, access: Access, defaults: Defaults) -> Self {
+        let metrics = AgentMetrics::new(limits.max_connections);
         Self {
             locks,
-            held: HeldLocks::default(),
-            clients: Clients::default(),
+            held: HeldLocks::new(metrics.locks.clone()),
+            clients: Clients::new(metrics.connections.clone()),
             limits,
             access,
             defaults,
+            metrics,
             started: Instant::now(),
             phase: watch::Sender::new(Phase::Serving),
         }

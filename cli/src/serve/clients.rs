@@ -7,17 +7,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use metrics::Gauge;
 use parking_lot::Mutex;
-use shardlock::LockKey;
+use shardlock::{LockKey, LockMode};
+
+use super::command::Lock;
 
 /// The number of a connection. Numbers are not used again.
 pub(super) type ClientId = u64;
 
 /// All connections.
-#[derive(Debug, Default)]
 pub(super) struct Clients {
     connected: Mutex<BTreeMap<ClientId, Arc<Client>>>,
     last_id: AtomicU64,
+    /// How many there are.
+    gauge: Gauge,
 }
 
 /// A connected client.
@@ -28,8 +32,16 @@ pub(super) struct Client {
     pub(super) since: Instant,
     /// What the client reports about itself. Boxed, as most report nothing.
     names: Mutex<Option<Box<Names>>>,
-    /// The key for which it waits.
-    waiting: Mutex<Option<LockKey>>,
+    /// The lock for which it waits.
+    waiting: Mutex<Option<Wait>>,
+}
+
+/// A request of a client that waits for a lock.
+#[derive(Debug, Clone)]
+pub(super) struct Wait {
+    pub(super) key: LockKey,
+    pub(super) mode: LockMode,
+    pub(super) since: Instant,
 }
 
 /// What a client reports about itself when it connects.
@@ -41,7 +53,7 @@ pub(super) struct Names {
 }
 
 /// The other end of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Peer {
     /// A process on this host, as the kernel reported it when it connected. Without a process id
     /// on systems that report none.
@@ -72,6 +84,14 @@ impl fmt::Display for Peer {
 pub(super) struct TooManyConnections;
 
 impl Clients {
+    pub(super) fn new(gauge: Gauge) -> Self {
+        Self {
+            connected: Mutex::default(),
+            last_id: AtomicU64::new(0),
+            gauge,
+        }
+    }
+
     /// Registers a connection, unless there are `most` already.
     pub(super) fn add(&self, peer: Peer, most: u64) -> Result<Arc<Client>, TooManyConnections> {
         let mut connected = self.connected.lock();
@@ -86,12 +106,21 @@ impl Clients {
             waiting: Mutex::default(),
         });
         connected.insert(client.id, Arc::clone(&client));
+        self.gauge.set(connected.len() as f64);
         Ok(client)
     }
 
     pub(super) fn remove(&self, id: ClientId) {
-        // Dropped after the mutex was unlocked.
-        let _removed = self.connected.lock().remove(&id);
+        let mut connected = self.connected.lock();
+        let removed = connected.remove(&id);
+        self.gauge.set(connected.len() as f64);
+        drop(connected);
+        drop(removed);
+    }
+
+    /// All clients, in the order in which they have connected.
+    pub(super) fn all(&self) -> Vec<Arc<Client>> {
+        self.connected.lock().values().cloned().collect()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -117,19 +146,33 @@ impl Client {
         change(self.names.lock().get_or_insert_default());
     }
 
-    /// Records that the client waits for a key, until the result is dropped.
-    pub(super) fn waits_for(&self, key: &LockKey) -> Waiting<'_> {
-        *self.waiting.lock() = Some(key.clone());
-        Waiting(self)
+    /// The lock for which it waits.
+    pub(super) fn wait(&self) -> Option<Wait> {
+        self.waiting.lock().clone()
+    }
+
+    /// Records that the client waits for a lock, until the result is dropped. The gauge counts
+    /// those that wait.
+    pub(super) fn waits_for<'a>(&'a self, lock: &Lock, gauge: &'a Gauge) -> Waiting<'a> {
+        *self.waiting.lock() = Some(Wait {
+            key: lock.key.clone(),
+            mode: lock.mode.into(),
+            since: Instant::now(),
+        });
+        gauge.increment(1.0);
+        Waiting { client: self, gauge }
     }
 }
 
 /// See [`Client::waits_for`].
-#[derive(Debug)]
-pub(super) struct Waiting<'a>(&'a Client);
+pub(super) struct Waiting<'a> {
+    client: &'a Client,
+    gauge: &'a Gauge,
+}
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        *self.0.waiting.lock() = None;
+        *self.client.waiting.lock() = None;
+        self.gauge.decrement(1.0);
     }
 }

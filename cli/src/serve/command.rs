@@ -6,8 +6,8 @@
 use std::fmt;
 use std::time::Duration;
 
-use shardlock::LockKey;
 use shardlock::tool::printable;
+use shardlock::{LockKey, LockMode};
 
 use super::command_table::{self, CommandInfo};
 
@@ -54,6 +54,16 @@ pub(super) enum Mode {
     Exclusive,
     Shared,
     Permits { weight: u16, limit: u16 },
+}
+
+impl From<Mode> for LockMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Exclusive => Self::Exclusive,
+            Mode::Shared => Self::Shared,
+            Mode::Permits { weight, limit } => Self::Permits { weight, limit },
+        }
+    }
 }
 
 /// Names one acquisition of a lock. Tokens of different keys may be equal.

@@ -105,7 +105,12 @@ pub(super) static COMMANDS: [CommandInfo; 13] = [
 
 /// Finds a command by its name in any case.
 pub(super) fn find(name: &[u8]) -> Option<&'static CommandInfo> {
+    index_of(name).map(|index| &COMMANDS[index])
+}
+
+/// The place of a command in [`COMMANDS`], by its name in any case.
+pub(super) fn index_of(name: &[u8]) -> Option<usize> {
     COMMANDS
         .iter()
-        .find(|command| name.eq_ignore_ascii_case(command.name.as_bytes()))
+        .position(|command| name.eq_ignore_ascii_case(command.name.as_bytes()))
 }

@@ -9,6 +9,7 @@
 //! | `session`, `execute`, `describe` | a connection; executing its commands; longer replies |
 //! | `acquire` | a LOCK as a request of the library |
 //! | `held`, `clients` | the locks of all connections; who is connected |
+//! | `clients_page`, `metrics` | the page `/clients` of the admin endpoint; the metrics |
 //! | `agent` | what all connections share, and the phases from start to end |
 //! | `access`, `defaults` | the password; the settings of requests, which SIGHUP changes |
 //! | `service` | notifying systemd |
@@ -17,6 +18,7 @@ mod access;
 mod acquire;
 mod agent;
 mod clients;
+mod clients_page;
 mod command;
 mod command_table;
 mod defaults;
@@ -27,6 +29,7 @@ mod fuzzing;
 mod held;
 mod limits;
 mod listen;
+mod metrics;
 mod options;
 mod replies;
 mod requests;
@@ -49,10 +52,11 @@ use crate::exit::{self, Failure};
 use crate::output;
 use crate::signals::{ReceivedSignal, Signals};
 use access::Access;
+pub(crate) use access::read as read_password;
 use agent::{Agent, Phase};
+pub(crate) use clients_page::{ClientProcess, ClientsPage};
 use defaults::Defaults;
 pub(crate) use listen::VARIABLE as AGENT_VARIABLE;
-pub(crate) use access::read as read_password;
 use listen::{Listener, Listeners};
 pub(crate) use options::Args;
 use session::Session;
@@ -106,10 +110,14 @@ async fn serve(args: Args) -> Result<u8, Failure> {
         connected = Builder::new().config(config.clone()).connect() => connected?,
         signal = ending.next() => return Ok(signal.exit_code),
     };
-    let server = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
+    let agent = Arc::new(Agent::new(locks, args.limits.clone(), access, Defaults::new(config)));
+    let admin = admin.map(|admin| {
+        let agent = Arc::clone(&agent);
+        admin.json_page("/clients", move || clients_page::render(&agent))
+    });
+    let server = admin.map(|admin| args.metrics.serve(admin, &agent.locks)).transpose();
     // Serve until the end of this function.
     let _server = server.map_err(unavailable)?;
-    let agent = Arc::new(Agent::new(locks, args.limits.clone(), access, Defaults::new(config)));
 
     // Its receiver learns when all connections have ended.
     let (alive, mut all_ended) = mpsc::channel::<Infallible>(1);
@@ -216,6 +224,7 @@ async fn accept(socket: &Listener, agent: &Arc<Agent>, alive: &mpsc::Sender<Infa
         };
         let most = agent.limits.max_connections;
         let Ok(client) = agent.clients.add(peer, most) else {
+            agent.metrics.connections_refused.increment(1);
             tracing::warn!(%peer, most, "a connection was refused, because there are too many");
             let reply =
                 format!("-LIMIT the agent has {most} connections, the most that it accepts (--max-connections)\r\n");

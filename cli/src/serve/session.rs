@@ -117,11 +117,17 @@ impl Session {
     /// Executes all commands that were received completely.
     async fn execute_received(&mut self) -> io::Result<Flow> {
         loop {
-            let command = match self.requests.next(Command::parse) {
+            let metrics = &self.agent.metrics;
+            let parse = |words: &[&[u8]]| {
+                metrics.count_request(words.first().copied().unwrap_or_default());
+                Command::parse(words)
+            };
+            let command = match self.requests.next(parse) {
                 Ok(Some(command)) => command,
                 Ok(None) => return Ok(Flow::Continue),
                 Err(malformed) => {
                     let peer = self.client.peer;
+                    metrics.count_protocol_error(&malformed);
                     tracing::info!(client = self.client.id, %peer, %malformed, "a request is malformed");
                     self.replies.error(&malformed.to_string());
                     return Ok(Flow::Close);
@@ -175,7 +181,7 @@ impl Session {
         const DRAINING: &str = "UNAVAILABLE the agent is shutting down and grants no lock; try again \
                                 later";
         let (agent, client) = (Arc::clone(&self.agent), Arc::clone(&self.client));
-        let _waiting = client.waits_for(&lock.key);
+        let _waiting = client.waits_for(lock, &agent.metrics.waiters);
         let mut acquiring = pin!(acquire(&agent, lock));
         loop {
             tokio::select! {
@@ -252,6 +258,7 @@ impl Drop for Session {
         let released = self.agent.held.remove_client(self.client.id).len();
         self.agent.clients.remove(self.client.id);
         if released > 0 {
+            self.agent.metrics.disconnect_releases.increment(released as u64);
             let peer = self.client.peer;
             tracing::info!(client = self.client.id, %peer, released, "the locks of a client were released");
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::model::{HeldRow, HotRow, LockRates, Model, ShardRow, SourceState, View};
+use super::model::{ClientRow, HeldRow, HotRow, LockRates, Model, ShardRow, SourceState, View};
 use super::source::{Age, Quantiles};
 
 /// The sources, the totals, and the rows of the given views in their default order. Times are in
@@ -27,6 +27,7 @@ pub(super) fn document(model: &Model, views: &[View], now: Instant) -> Value {
             View::Hot => ("hot", rows.hot.iter().map(hot).collect()),
             View::Held => ("held", rows.held.iter().map(held).collect()),
             View::Shards => ("shards", rows.shards.iter().map(shard).collect()),
+            View::Clients => ("clients", rows.clients.iter().map(client).collect()),
         };
         document.insert(name.to_owned(), rows);
     }
@@ -90,6 +91,16 @@ fn shard(row: &ShardRow) -> Value {
         "round_trip_ms": quantiles(row.round_trips),
         "stale": row.stale,
     })
+}
+
+/// What the agent has returned, and the agent.
+fn client(row: &ClientRow) -> Value {
+    let mut client = json!(row.process);
+    if let Value::Object(client) = &mut client {
+        client.insert("agent".to_owned(), json!(row.agent));
+        client.insert("stale".to_owned(), json!(row.stale));
+    }
+    client
 }
 
 /// For a store, the time since the holder was first seen.

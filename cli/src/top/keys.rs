@@ -76,6 +76,7 @@ pub(super) fn action(key: &KeyEvent, editing_filter: bool) -> Option<Action> {
         KeyCode::Char('1') => Action::Show(View::Hot),
         KeyCode::Char('2') => Action::Show(View::Held),
         KeyCode::Char('3') => Action::Show(View::Shards),
+        KeyCode::Char('4') => Action::Show(View::Clients),
         KeyCode::Tab | KeyCode::Right => Action::NextView,
         KeyCode::BackTab | KeyCode::Left => Action::LastView,
         KeyCode::Char('s') => Action::NextColumn,

@@ -35,7 +35,7 @@ use draw::DisplaySettings;
 use model::{Model, View};
 use source::{Address, Endpoint, KeySelection, Poller, Shards, Source};
 
-/// Watch contention live: hot keys, held locks and shards
+/// Watch contention live: hot keys, held locks, shards, and the clients of agents
 ///
 /// Reads the admin endpoints of running processes, which `--metrics` and the library's `Admin`
 /// serve. Without an endpoint, it reads the shards directly and shows who holds which keys and how
@@ -87,6 +87,7 @@ endpoint at 127.0.0.1:9187.
 
 Keys:
   tab, 1, 2, 3  hot keys, held locks, shards
+  4             the clients of an agent (shardlock serve)
   s, r          sort by the next column, reverse
   /             filter rows by text; esc clears the filter
   space         pause
@@ -182,8 +183,7 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let model = Model::new(sources.iter().map(Source::label), view);
     let poller = Poller::start(sources, args.interval);
     if !args.is_live() {
-        let views = args.view.map_or(View::ALL.to_vec(), |view| vec![view]);
-        return once::print(model, poller, &views, args.json).await;
+        return once::print(model, poller, args.view, args.json).await;
     }
     let settings = DisplaySettings {
         interval: args.interval,

@@ -14,9 +14,14 @@ use crate::output;
 /// The number of samples of each source: rates need two.
 const SAMPLES_PER_SOURCE: usize = 2;
 
-/// Prints the given views. Unavailable sources are reported on stderr and set the exit code to
-/// [`exit::UNAVAILABLE`].
-pub(super) async fn print(mut model: Model, mut poller: Poller, views: &[View], is_json: bool) -> Result<u8, Failure> {
+/// Prints the given view, or all. Unavailable sources are reported on stderr and set the exit code
+/// to [`exit::UNAVAILABLE`].
+pub(super) async fn print(
+    mut model: Model,
+    mut poller: Poller,
+    view: Option<View>,
+    is_json: bool,
+) -> Result<u8, Failure> {
     let count = model.sources().len();
     let mut remaining = vec![SAMPLES_PER_SOURCE; count];
     while remaining.iter().any(|samples| *samples > 0)
@@ -32,6 +37,7 @@ pub(super) async fn print(mut model: Model, mut poller: Poller, views: &[View], 
         }
         model.apply_sample(polled);
     }
+    let views = view.as_ref().map_or(model.views(), std::slice::from_ref);
     let now = Instant::now();
     let unavailable: Vec<String> = model
         .unavailable(now)

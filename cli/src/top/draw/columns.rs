@@ -5,7 +5,7 @@ use ratatui::style::Style;
 use super::format::{self, Truncation};
 use super::style;
 use super::table::{Column, ColumnWidth, Row};
-use crate::top::model::{ColumnId, HeldRow, HotRow, LockRates, Rows, ShardRow, View};
+use crate::top::model::{ClientRow, ColumnId, HeldRow, HotRow, LockRates, Rows, ShardRow, View};
 
 const fn column(by: ColumnId, title: &'static str, room: ColumnWidth, from_width: u16) -> Column {
     Column {
@@ -81,6 +81,24 @@ const SHARDS: &[Column] = &[
     column(ColumnId::P99, "RT P99", ColumnWidth::Number(7), 72),
 ];
 
+const CLIENTS: &[Column] = &[
+    column(ColumnId::Name, "CLIENT", ColumnWidth::Text(10), 0),
+    column(ColumnId::Label, "NAME", ColumnWidth::Text(16), 72),
+    column(ColumnId::Uid, "UID", ColumnWidth::Number(7), 96),
+    column(ColumnId::Connections, "CONNS", ColumnWidth::Number(6), 34),
+    column(ColumnId::Locks, "LOCKS", ColumnWidth::Number(6), 26),
+    column(ColumnId::Waiters, "WAITING", ColumnWidth::Number(8), 64),
+    column(ColumnId::Age, "OLDEST", ColumnWidth::Number(7), 42),
+    column(ColumnId::Wait, "WAIT", ColumnWidth::Number(7), 52),
+    Column {
+        by: ColumnId::Keys,
+        title: "KEYS",
+        room: ColumnWidth::Share(1),
+        from_width: 20,
+        cut: Truncation::Tail,
+    },
+];
+
 /// The columns of the view for these rows.
 pub(super) fn of(view: View, rows: &Rows) -> &'static [Column] {
     match view {
@@ -88,6 +106,7 @@ pub(super) fn of(view: View, rows: &Rows) -> &'static [Column] {
         View::Held if rows.held.iter().any(|row| !row.mode.is_exclusive()) => HELD_TOGETHER,
         View::Held => HELD,
         View::Shards => SHARDS,
+        View::Clients => CLIENTS,
     }
 }
 
@@ -109,6 +128,11 @@ pub(super) fn rows(view: View, rows: &Rows) -> Vec<Row> {
             .shards
             .iter()
             .map(|row| filled(columns, |by| shard(row, by), shard_style(row)))
+            .collect(),
+        View::Clients => rows
+            .clients
+            .iter()
+            .map(|row| filled(columns, |by| client(row, by), client_style(row)))
             .collect(),
     }
 }
@@ -198,5 +222,29 @@ const fn shard_style(row: &ShardRow) -> Style {
         (true, _) => style::STALE,
         (false, true) => Style::new(),
         (false, false) => style::DOWN,
+    }
+}
+
+fn client(row: &ClientRow, by: ColumnId) -> Option<String> {
+    let process = &row.process;
+    match by {
+        ColumnId::Name => Some(row.label.clone()),
+        ColumnId::Label => Some(row.name().to_owned()).filter(|name| !name.is_empty()),
+        ColumnId::Uid => process.uid.map(|uid| uid.to_string()),
+        ColumnId::Connections => Some(format::count(process.connections as u64)),
+        ColumnId::Locks => Some(format::count(process.locks as u64)),
+        ColumnId::Waiters => Some(format::count(process.waiting as u64)),
+        ColumnId::Age => row.oldest.map(format::time),
+        ColumnId::Wait => row.longest_wait.map(format::time),
+        ColumnId::Keys => Some(row.keys.clone()).filter(|keys| !keys.is_empty()),
+        _ => None,
+    }
+}
+
+const fn client_style(row: &ClientRow) -> Style {
+    match (row.stale, row.process.waiting) {
+        (true, _) => style::STALE,
+        (false, 0) => Style::new(),
+        (false, _) => style::CONTENDED,
     }
 }

@@ -5,10 +5,12 @@ use ratatui::text::Line;
 use super::style;
 
 const HELP: &[(&str, &str)] = &[
-    ("tab  1 2 3", "next view; hot keys, held locks, shards"),
+    ("tab  1 2 3 4", "next view; hot keys, held locks, shards, clients"),
     ("s  r", "sort by the next column; reverse the order"),
-    ("/", "filter rows by text in the key, holder, caller or shard"),
-    ("esc", "clear the filter"),
+    (
+        "/  esc",
+        "filter rows by text in key, holder, caller or shard; clear it",
+    ),
     ("space  n", "pause or resume; search for more keys (--shard)"),
     ("arrows  page", "move through the rows"),
     ("q  ctrl-c", "quit"),
@@ -27,6 +29,7 @@ const HELP: &[(&str, &str)] = &[
     ("CONT/S", "requests per second that found it held or waited for"),
     ("LOCKS/S", "locks acquired; LOCAL: handed over within the process;"),
     ("", "REMOTE: handed over by another process"),
+    ("CLIENT", "of an agent: process; OLDEST lock, longest WAIT, their KEYS"),
     ("RT P50 P99", "round trips to the shard"),
     (">1m03s", "at least: a store knows the holder, but not since when"),
     ("", ""),

@@ -158,7 +158,9 @@ fn tabs(model: &Model, rows: &Rows) -> Line<'static> {
         (View::Hot, "1 hot keys"),
         (View::Held, "2 held"),
         (View::Shards, "3 shards"),
+        (View::Clients, "4 clients"),
     ];
+    let names = names.into_iter().filter(|(view, _)| model.views().contains(view));
     let mut spans = vec![Span::raw(" ")];
     for (view, name) in names {
         let style = if view == model.view() {
@@ -202,6 +204,7 @@ fn empty_reason(model: &Model) -> &'static str {
         View::Hot => "no key is contended",
         View::Held => "no lock is held",
         View::Shards => "there are no shards",
+        View::Clients => "no agent with clients",
     }
 }
 

@@ -83,7 +83,7 @@ fn sample(round: u64) -> Sample {
         ],
         held_total: 2,
         shards: vec![shard("a", true, round * 12_345), shard("b", false, round * 10)],
-        note: None,
+        ..Sample::default()
     }
 }
 
@@ -349,4 +349,51 @@ fn plain_text_has_all_rows_whole() {
     assert!(lines[3].starts_with("KEY ") && lines[3].ends_with(" CONT/S▼"), "{text}");
     assert!(lines[5].starts_with(&format!("{LONG} ")), "{text}");
     assert!(lines[8].starts_with("SHARD▲ KIND "), "{text}");
+}
+
+#[test]
+fn clients_of_an_agent_fit_every_width_and_have_a_tab_only_if_there_is_an_agent() {
+    let page = r#"{"total":1,"connections":3,"connections_max":10,"locks":5,"waiting":1,"clients":[
+        {"pid":4242,"uid":1000,"gid":1000,"address":null,"name":"","library":"redis-py 6.4.0","connections":3,
+         "age_ms":9.5,"locks":5,"waiting":1,"held":[
+           {"key":"a","mode":"exclusive","token":9,"age_ms":4500,"remaining_ms":3,"connection":4},
+           {"key":"b","mode":"exclusive","token":9,"age_ms":1.5,"remaining_ms":3,"connection":4}],
+         "waits":[{"key":"c","mode":"shared","waited_ms":250,"connection":5}]}]}"#;
+    let without = Model::new(["p".to_owned()], View::Hot);
+    assert!(!without.views().contains(&View::Clients));
+    let mut model = Model::new(["agent".to_owned()], View::Clients);
+    let now = Instant::now();
+    model.apply_sample(PolledSample {
+        source: 0,
+        sample: Ok(Sample {
+            clients: Some(serde_json::from_str(page).unwrap()),
+            ..Sample::default()
+        }),
+        at: now,
+    });
+    let text = plain_text(&model, model.views(), now);
+    let row = text.lines().last().unwrap();
+    for part in [
+        "4242 ",
+        " redis-py 6.4.0 ",
+        " 1000 ",
+        "4.5s",
+        "250ms",
+        "a, b and 3 more; waits for c",
+    ] {
+        assert!(row.contains(part), "no {part:?} in {row}");
+    }
+    let settings = DisplaySettings {
+        interval: Duration::from_secs(1),
+        colours: true,
+    };
+    for width in 1..130 {
+        let area = Rect::new(0, 0, width, 12);
+        let mut buffer = Buffer::empty(area);
+        frame(&mut buffer, area, &mut model, settings, now);
+    }
+    model.apply(Action::NextView);
+    assert_eq!(model.view(), View::Hot);
+    model.apply(Action::LastView);
+    assert_eq!(model.view(), View::Clients);
 }

@@ -1,6 +1,7 @@
 //! The state of the view: the processes, the current view, its order, the filter. It reads no clock
 //! and knows no terminal.
 
+mod clients;
 mod merge;
 mod rates;
 mod sort;
@@ -9,6 +10,7 @@ mod view;
 
 use std::time::Instant;
 
+pub(super) use clients::ClientRow;
 pub(super) use merge::{HeldRow, HotRow, ShardRow};
 pub(super) use rates::LockRates;
 pub(super) use sort::{ColumnId, SortOrder};
@@ -27,8 +29,8 @@ pub(super) struct Model {
     sources: Vec<SourceState>,
     view: View,
     /// Per view: its order, and how many rows are scrolled off the top.
-    orders: [SortOrder; 3],
-    scrolled: [usize; 3],
+    orders: [SortOrder; View::ALL.len()],
+    scrolled: [usize; View::ALL.len()],
     filter: String,
     pub(super) editing_filter: bool,
     pub(super) showing_help: bool,
@@ -44,6 +46,7 @@ pub(super) struct Rows {
     pub(super) hot: Vec<HotRow>,
     pub(super) held: Vec<HeldRow>,
     pub(super) shards: Vec<ShardRow>,
+    pub(super) clients: Vec<ClientRow>,
 }
 
 impl Rows {
@@ -52,6 +55,7 @@ impl Rows {
             View::Hot => self.hot.len(),
             View::Held => self.held.len(),
             View::Shards => self.shards.len(),
+            View::Clients => self.clients.len(),
         }
     }
 }
@@ -72,7 +76,7 @@ impl Model {
             sources: labels.into_iter().map(SourceState::new).collect(),
             view,
             orders: View::ALL.map(SortOrder::default_of),
-            scrolled: [0; 3],
+            scrolled: [0; View::ALL.len()],
             filter: String::new(),
             editing_filter: false,
             showing_help: false,
@@ -100,6 +104,16 @@ impl Model {
         self.view
     }
 
+    /// The views that there are: only an agent has clients.
+    pub(super) fn views(&self) -> &'static [View] {
+        let mut samples = self.sources.iter().filter_map(SourceState::sample);
+        if self.view == View::Clients || samples.any(|sample| sample.clients.is_some()) {
+            &View::ALL
+        } else {
+            &View::ALL[..View::Clients as usize]
+        }
+    }
+
     pub(super) const fn order(&self, view: View) -> SortOrder {
         self.orders[view as usize]
     }
@@ -118,6 +132,7 @@ impl Model {
             hot: filtered_and_sorted(merge::hot(&self.sources), &filter, self.order(View::Hot)),
             held: filtered_and_sorted(merge::held(&self.sources), &filter, self.order(View::Held)),
             shards: filtered_and_sorted(merge::shards(&self.sources), &filter, self.order(View::Shards)),
+            clients: filtered_and_sorted(clients::clients(&self.sources), &filter, self.order(View::Clients)),
         }
     }
 
@@ -163,8 +178,8 @@ impl Model {
         let view = self.view as usize;
         match action {
             Action::Show(view) => self.show(view),
-            Action::NextView => self.show(View::ALL[(view + 1) % View::ALL.len()]),
-            Action::LastView => self.show(View::ALL[(view + View::ALL.len() - 1) % View::ALL.len()]),
+            Action::NextView => self.show_neighbour(1),
+            Action::LastView => self.show_neighbour(self.views().len() - 1),
             Action::NextColumn => self.orders[view] = self.orders[view].next(&self.columns),
             Action::Reverse => self.orders[view] = self.orders[view].reversed(),
             Action::Pause => self.control.paused = !self.control.paused,
@@ -179,6 +194,11 @@ impl Model {
         if matches!(action, Action::Escape) {
             self.editing_filter = false;
         }
+    }
+
+    fn show_neighbour(&mut self, steps: usize) {
+        let views = self.views();
+        self.show(views[(self.view as usize + steps) % views.len()]);
     }
 
     fn show(&mut self, view: View) {
@@ -210,7 +230,7 @@ impl Model {
             Edit::Clear => self.filter.clear(),
             Edit::Keep => self.editing_filter = false,
         }
-        self.scrolled = [0; 3];
+        self.scrolled = [0; View::ALL.len()];
     }
 }
 

@@ -27,6 +27,12 @@ pub(in crate::top) enum ColumnId {
     Leases,
     Local,
     Remote,
+    Label,
+    Uid,
+    Connections,
+    Locks,
+    Wait,
+    Keys,
 }
 
 impl ColumnId {
@@ -34,7 +40,17 @@ impl ColumnId {
     const fn largest_first(self) -> bool {
         !matches!(
             self,
-            Self::Name | Self::Shard | Self::Kind | Self::Holder | Self::Mode | Self::Caller | Self::State | Self::Left
+            Self::Name
+                | Self::Shard
+                | Self::Kind
+                | Self::Holder
+                | Self::Mode
+                | Self::Caller
+                | Self::State
+                | Self::Left
+                | Self::Label
+                | Self::Uid
+                | Self::Keys
         )
     }
 }
@@ -57,7 +73,7 @@ impl SortOrder {
     pub(super) const fn default_of(view: View) -> Self {
         Self::of(match view {
             View::Hot => ColumnId::Rate,
-            View::Held => ColumnId::Age,
+            View::Held | View::Clients => ColumnId::Age,
             View::Shards => ColumnId::Name,
         })
     }

@@ -9,8 +9,10 @@ pub(in crate::top) enum View {
     Held,
     /// The shards
     Shards,
+    /// The clients of agents (`shardlock serve`)
+    Clients,
 }
 
 impl View {
-    pub(in crate::top) const ALL: [Self; 3] = [Self::Hot, Self::Held, Self::Shards];
+    pub(in crate::top) const ALL: [Self; 4] = [Self::Hot, Self::Held, Self::Shards, Self::Clients];
 }

@@ -103,27 +103,27 @@ impl Endpoint {
     }
 
     pub(super) async fn sample(&self) -> Result<Sample, String> {
-        let pages = async { tokio::try_join!(self.page("/hot"), self.page("/held"), self.page("/shards")) };
+        let pages = async {
+            let (hot, held, shards) = (self.page("/hot"), self.page("/held"), self.page("/shards"));
+            tokio::try_join!(hot, held, shards, self.page_of_agent("/clients"))
+        };
         match tokio::time::timeout(TIME_MAX, pages).await {
-            Ok(pages) => pages.map(|(hot, held, shards)| pages::read(hot, held, shards)),
+            Ok(pages) => pages.map(|(hot, held, shards, clients)| pages::read(hot, held, shards, clients)),
             Err(_) => Err(format!("no answer within {}", humantime::format_duration(TIME_MAX))),
         }
     }
 
     async fn page<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
         let (status, body) = self.get(path).await?;
-        if status != StatusCode::OK {
-            let message = String::from_utf8_lossy(&body);
-            let message: String = message
-                .lines()
-                .next()
-                .unwrap_or_default()
-                .chars()
-                .take(REFUSAL_CHARS_MAX)
-                .collect();
-            return Err(format!("{path} returned {}: {message}", status.as_u16()));
+        read(path, status, &body)
+    }
+
+    /// A page that only agents have.
+    async fn page_of_agent<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>, String> {
+        match self.get(path).await? {
+            (StatusCode::NOT_FOUND, _) => Ok(None),
+            (status, body) => read(path, status, &body).map(Some),
         }
-        serde_json::from_slice(&body).map_err(|error| format!("{path} is not what an admin endpoint returns: {error}"))
     }
 
     async fn get(&self, path: &str) -> Result<(StatusCode, Bytes), String> {
@@ -149,6 +149,21 @@ impl Endpoint {
         let body = body.collect().await.map_err(|error| format!("{path}: {error}"))?;
         Ok((status, body.to_bytes()))
     }
+}
+
+fn read<T: DeserializeOwned>(path: &str, status: StatusCode, body: &[u8]) -> Result<T, String> {
+    if status != StatusCode::OK {
+        let message = String::from_utf8_lossy(body);
+        let message: String = message
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .chars()
+            .take(REFUSAL_CHARS_MAX)
+            .collect();
+        return Err(format!("{path} returned {}: {message}", status.as_u16()));
+    }
+    serde_json::from_slice(body).map_err(|error| format!("{path} is not what an admin endpoint returns: {error}"))
 }
 
 /// The error message without the OS error number.

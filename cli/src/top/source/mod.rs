@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 pub(super) use crate::held_mode::HeldMode;
+use crate::serve::ClientsPage;
 pub(super) use endpoint::{Address, Endpoint};
 pub(super) use shards::{KeySelection, Shards};
 
@@ -29,6 +30,8 @@ pub(super) struct Sample {
     /// How many locks are held. `held` may contain only the oldest of them.
     pub(super) held_total: usize,
     pub(super) shards: Vec<Shard>,
+    /// The clients, if the process is an agent.
+    pub(super) clients: Option<ClientsPage>,
     /// A message for the status line.
     pub(super) note: Option<String>,
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use shardlock::introspect;
 
+use crate::serve::ClientsPage;
+
 use super::{Age, HeldLock, HeldMode, Holder, HotKey, Locks, Quantiles, Sample, Shard, process_of};
 
 /// `/hot`
@@ -32,8 +34,8 @@ const fn exactly(time: Duration) -> Age {
     Age { time, at_least: false }
 }
 
-/// Combines the three pages into a sample.
-pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Sample {
+/// Combines the pages into a sample. Only an agent has clients.
+pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage, clients: Option<ClientsPage>) -> Sample {
     let process = process_of(&shards.manager);
     let hot = hot.keys.into_iter().map(|hot| HotKey {
         holder: hot.holder.map(|holder| Holder {
@@ -68,6 +70,7 @@ pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Sample {
         // Invalid durations, such as negative ones, become zero.
         uptime: Some(Duration::try_from_secs_f64(shards.uptime_s).unwrap_or_default()),
         manager: Some(shards.manager),
+        clients,
         note: None,
     }
 }
@@ -114,6 +117,12 @@ mod tests {
                 r#"{"shards":[{"name":"s","kind":"redis","up":true,"leases":1,"waiters":2,"acquired":30,"local":20,"remote":5,
                      "round_trip_ms":{"p50":0.1,"p99":0.2}}],"manager":"vm-1-0123456789abcdef","uptime_s":61.5}"#,
             ),
+            Some(page(
+                r#"{"total":1,"connections":2,"connections_max":10,"locks":1,"waiting":0,"new":1,"clients":[
+                     {"pid":7,"uid":0,"gid":0,"address":null,"name":"","library":"","connections":2,"age_ms":9.5,
+                      "locks":1,"waiting":0,"waits":[],"held":[{"key":"k","mode":"shared","token":9,"age_ms":1.5,
+                      "remaining_ms":3,"connection":4,"new":null}]}]}"#,
+            )),
         );
         let age = exactly(Duration::from_micros(1500));
         assert_eq!(
@@ -133,6 +142,7 @@ mod tests {
             ("vm-1", Some(Duration::ZERO))
         );
         assert_eq!(sample.shards[0].locks.map(|locks| locks.local), Some(20));
+        assert_eq!(sample.clients.unwrap().clients[0].held[0].token, 9);
         assert_eq!(sample.uptime, Some(Duration::from_millis(61_500)));
     }
 }

@@ -142,7 +142,7 @@ fn raise_open_files() -> usize {
 }
 
 /// The resident memory of the agent, in bytes.
-fn memory_of(agent: &Agent) -> usize {
+pub(super) fn memory_of(agent: &Agent) -> usize {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.run.pid())).expect("read its status");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));

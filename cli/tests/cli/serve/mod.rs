@@ -2,6 +2,7 @@
 
 mod access;
 pub(crate) mod client;
+mod clients;
 mod commands;
 pub(crate) mod compatibility;
 mod deploy;

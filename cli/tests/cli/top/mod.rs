@@ -14,7 +14,7 @@ use crate::tool::bare;
 
 /// The tool with these arguments on a terminal of 24 rows and 80 columns.
 #[track_caller]
-fn top(args: &[&str]) -> Terminal {
+pub(crate) fn top(args: &[&str]) -> Terminal {
     let args = [&["top", "--interval", "100ms"], args].concat();
     Terminal::open(bare(&args), 24, 80)
 }

@@ -164,7 +164,7 @@ fn a_wrong_command_line_says_what_is_wrong() {
         (&["a:b"], "is not HOST:PORT"),
         (&["--interval", "1ms"], "from 100ms to 1h"),
         (&["--json", "127.0.0.1:1"], "--once"),
-        (&["--view", "hat"], "[possible values: hot, held, shards]"),
+        (&["--view", "hat"], "[possible values: hot, held, shards, clients]"),
         (&["127.0.0.1:1", "--key", "k"], "--key is for looking at shards"),
         (&["127.0.0.1:1", "--shard", "memory://"], "cannot be used with"),
     ] {
