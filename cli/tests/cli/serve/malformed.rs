@@ -28,6 +28,18 @@ fn malformed_requests_end_their_connection_only() {
         (&b"*x\r\n"[..], "-ERR Protocol error: invalid multibulk length\r\n"),
         (b"*99999999999\r\n", "-ERR Protocol error: invalid multibulk length\r\n"),
         (b"*2147483647\r\n", "-ERR Protocol error: invalid multibulk length\r\n"),
+        (b"*1000000\r\n", "-ERR Protocol error: invalid multibulk length\r\n"),
+        (b"*1025\r\n", "-ERR Protocol error: invalid multibulk length\r\n"),
+        (b"*2\r\n*1000000\r\n", "-ERR Protocol error: expected '$', got '*'\r\n"),
+        (
+            b"*2\r\n$4\r\nLOCK\r\n%1\r\n",
+            "-ERR Protocol error: expected '$', got '%'\r\n",
+        ),
+        // The first byte decides, however much follows or is missing.
+        (
+            b"*1\r\n$1000000000000000000000\r\n",
+            "-ERR Protocol error: invalid bulk length\r\n",
+        ),
         (b"*1\r\n$-5\r\n", "-ERR Protocol error: invalid bulk length\r\n"),
         (b"*1\r\n:5\r\n", "-ERR Protocol error: expected '$', got ':'\r\n"),
         (
@@ -38,15 +50,56 @@ fn malformed_requests_end_their_connection_only() {
     ] {
         assert_eq!(answer(&agent, bytes), expected, "{}", bytes.escape_ascii());
     }
-    for giant in [&b"*1\r\n$9223372036854775807\r\n"[..], b"*1\r\n$2147483647\r\nabc"] {
+    for giant in [
+        &b"*1\r\n$9223372036854775807\r\n"[..],
+        b"*1\r\n$2147483647\r\nabc",
+        b"*2\r\n$4\r\nLOCK\r\n$1000000000\r\n",
+    ] {
         assert!(answer(&agent, giant).starts_with("-LIMIT the request is longer"));
     }
-    let nested = b"*1\r\n".repeat(100_000);
-    assert_eq!(
-        answer(&agent, &nested),
-        "-ERR Protocol error: expected '$', got '*'\r\n"
-    );
+    for deep in [&b"*1\r\n"[..], b"*1024\r\n", b"*1\r\n%1\r\n"] {
+        let answer = answer(&agent, &deep.repeat(100_000));
+        assert!(
+            answer.starts_with("-ERR Protocol error: expected '$', got '"),
+            "{answer}"
+        );
+        assert_eq!(answer.matches("\r\n").count(), 1, "{answer}");
+    }
+    // Other types of RESP3 are lines, whose first word is no command. The connection continues.
+    let mut client = agent.connect();
+    for line in ["%1000000", "~1", ">2", "$5", "(1", "|1"] {
+        client.send_bytes(format!("{line}\r\n").as_bytes()).unwrap();
+        let error = client.next_error();
+        assert!(error.starts_with("ERR unknown command"), "{line}: {error}");
+    }
     assert!(holder.integer(&["HELD", "k", &token]) > 0);
+}
+
+/// Lengths are compared with the limits before anything is allocated for them: the memory of the
+/// agent does not grow with what clients announce.
+#[test]
+fn announced_lengths_cost_no_memory() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    agent.connect().text(&["PING"]);
+    let before = super::limits::memory_of(&agent);
+    // The largest that is allowed, and nothing of it: all of them stay open.
+    let clients: Vec<RespClient> = (0..500)
+        .map(|number| {
+            let mut client = agent.connect();
+            let bytes: &[u8] = if number % 2 == 0 {
+                b"PING\r\n*1024\r\n$16000\r\n"
+            } else {
+                b"PING\r\n*1024\r\n$1\r\nx\r\n"
+            };
+            // They are read together, so the reply to the first means that all were seen.
+            client.send_bytes(bytes).unwrap();
+            assert_eq!(client.reply(), redis::Value::SimpleString("PONG".to_owned()));
+            client
+        })
+        .collect();
+    let each = super::limits::memory_of(&agent).saturating_sub(before) / clients.len();
+    assert!(each <= 12 * 1024, "{each} bytes for each connection");
 }
 
 #[test]
