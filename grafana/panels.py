@@ -637,7 +637,67 @@ QUORUMS = Row(
     is_collapsed=True,
 )
 
-ROWS = [AT_A_GLANCE, CONTENTION, SAFETY, SATURATION, REDIS, MODES, QUORUMS]
+AGENTS = Row(
+    "Agents",
+    [
+        Panel(
+            "Agent connections",
+            "Of `shardlock serve`: its clients' connections, and the most that it accepts. At the "
+            "limit, new ones are refused, and those workers get no locks: /clients of the agent's "
+            "admin endpoint shows which process has how many.",
+            [
+                (total(f"shardlock_agent_connections{{{PROCESS}}}", "instance"), "{{instance}}"),
+                (total(f"shardlock_agent_connections_limit{{{PROCESS}}}", "instance"), "{{instance}}, limit"),
+            ],
+            no_value="no agent",
+        ),
+        Panel(
+            "Agent requests",
+            "Requests per second by command. Many held requests for each lock: clients ask for the "
+            "validity more often than they need. unknown: a client takes the agent for a Redis.",
+            [(total(rate("shardlock_agent_requests_total", PROCESS), "command"), "{{command}}")],
+            unit=units.RequestsPerSecond,
+            no_value="no agent",
+        ),
+        Panel(
+            "Agent locks and waiters",
+            "Locks that clients hold, and connections that wait for one. Locks that only grow are "
+            "never released by a worker; waiters that only grow are more than the keys can serve. "
+            "/clients of the agent's admin endpoint shows whose they are.",
+            [
+                (total(f"shardlock_agent_locks{{{PROCESS}}}", "instance"), "{{instance}}, locks"),
+                (total(f"shardlock_agent_waiters{{{PROCESS}}}", "instance"), "{{instance}}, waiters"),
+            ],
+            no_value="no agent",
+        ),
+        Panel(
+            "Agent locks released with their connection",
+            "Workers that end without releasing: they crash, are killed or close their connection "
+            "first. The next worker gets the lock at once, but what they did under it may be "
+            "incomplete.",
+            [(total(increase("shardlock_agent_disconnect_releases_total", PROCESS), "instance"), "{{instance}}")],
+            look=BARS,
+            width=12,
+            no_value="no agent",
+        ),
+        Panel(
+            "Agent connections refused or malformed",
+            "refused: there were as many as --max-connections. malformed: something that is no "
+            "client connects, or a library has a bug. too_long: a request above "
+            "--max-request-bytes. The agent's log has the process.",
+            [
+                (total(increase("shardlock_agent_connections_refused_total", PROCESS)), "refused"),
+                (total(increase("shardlock_agent_protocol_errors_total", PROCESS), "kind"), "{{kind}}"),
+            ],
+            look=BARS,
+            width=12,
+            no_value="no agent",
+        ),
+    ],
+    is_collapsed=True,
+)
+
+ROWS = [AT_A_GLANCE, CONTENTION, SAFETY, SATURATION, REDIS, MODES, QUORUMS, AGENTS]
 
 # The window of the annotations is fixed, since they have no interval of their own in Grafana.
 ANNOTATIONS = [

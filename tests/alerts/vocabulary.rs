@@ -6,7 +6,8 @@
 
 use std::collections::BTreeSet;
 
-use shardlock::metrics::{METRICS, MetricKind};
+use shardlock::metrics::{METRICS, Metric, MetricKind};
+use shardlock::tool::agent_metrics::AGENT_METRICS;
 
 use crate::page::Page;
 use crate::promql::{self, Selector};
@@ -18,6 +19,11 @@ const WORDED: [&str; 8] = ["mode", "outcome", "path", "kind", "reason", "request
 /// The series in which Prometheus itself records whether a target could be scraped.
 const SCRAPED: &str = "up";
 
+/// The metrics of a manager, and those that an agent adds.
+fn all_metrics() -> impl Iterator<Item = &'static Metric> {
+    METRICS.iter().chain(AGENT_METRICS)
+}
+
 /// The labels of a series with this name, as Prometheus sees it. `None` if there is no such series.
 pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {
     if name == SCRAPED {
@@ -27,7 +33,7 @@ pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {
         let is_recorded = rules::records().iter().any(|rule| rule.name == name);
         return is_recorded.then(|| level.split('_').collect());
     }
-    METRICS.iter().find_map(|metric| {
+    all_metrics().find_map(|metric| {
         let suffix = name.strip_prefix(metric.name)?;
         let is_series = match metric.kind {
             MetricKind::Histogram => ["_bucket", "_sum", "_count"].contains(&suffix),
@@ -134,7 +140,7 @@ fn documents_name_only_existing_metrics_and_alerts() {
             .flat_map(|text| text.split(|char: char| !char.is_ascii_alphanumeric() && char != '_' && char != ':'));
         for word in words.map(|word| word.trim_matches(':')) {
             if word.starts_with("shardlock_") || word.starts_with("job_") {
-                let is_histogram = METRICS.iter().any(|metric| metric.name == word);
+                let is_histogram = all_metrics().any(|metric| metric.name == word);
                 assert!(
                     is_histogram || labels(word).is_some(),
                     "{}: there is no metric {word}",

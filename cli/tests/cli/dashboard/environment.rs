@@ -1,7 +1,8 @@
-//! The demo's load on the test's servers, scraped by a real Prometheus.
+//! The demo's load and an agent on the test's servers, scraped by a real Prometheus.
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -13,19 +14,22 @@ use support::prometheus::{Prometheus, Sample};
 use support::{PATIENCE, Quorum, RedisServer, quorum, wait_until};
 use tempfile::TempDir;
 
+use super::agent::LoadedAgent;
 use super::definition::{Choice, Target, filled};
 use crate::tool::bare;
 
 /// Longer than a fault takes to show on a busy machine.
 const SHOWN_WITHIN: Duration = PATIENCE;
 
-/// Two Redis servers and a quorum, two processes that contend for locks on them, and a Prometheus.
+/// Two Redis servers and a quorum, two processes that contend for locks on them, an agent with
+/// clients, and a Prometheus.
 pub(crate) struct Environment {
     pub(crate) prometheus: Prometheus,
     /// A server whose clock can jump.
     pub(crate) first: RedisServer,
     pub(crate) second: RedisServer,
     pub(crate) quorum: Quorum,
+    pub(crate) agent: LoadedAgent,
     load: Process,
     dir: TempDir,
     _lock: MutexGuard<'static, ()>,
@@ -44,21 +48,28 @@ impl Environment {
         let quorum = Quorum::start(3);
         let dir = directory("load");
         let targets = dir.path().join("targets.json");
-        let load = start_load(dir.path(), &targets, &[first.url(), second.url(), quorum.url()]);
-        let prometheus = Prometheus::start(&targets);
+        let shards = [first.url(), second.url(), quorum.url()];
+        let load = start_load(dir.path(), &targets, &shards);
+        let agent = LoadedAgent::start(
+            with_shards(bare(&["serve"]), &shards),
+            dir.path(),
+            &dir.path().join("targets-agent.json"),
+        );
+        let prometheus = Prometheus::start(&dir.path().join("targets*.json"));
         let environment = Self {
             prometheus,
             first,
             second,
             quorum,
+            agent,
             load,
             dir,
             _lock: lock,
         };
-        wait_until("both processes are scraped", SHOWN_WITHIN, || {
+        wait_until("both processes and the agent are scraped", SHOWN_WITHIN, || {
             let up = environment.prometheus.query("up == 1");
             assert!(environment.is_alive(), "{}", environment.log());
-            up.len() == 2
+            up.len() == 3
         });
         environment
     }
@@ -121,13 +132,18 @@ const LOG: &str = "load.log";
 fn start_load(dir: &Path, targets: &Path, shards: &[String]) -> Process {
     let log = File::create(dir.join(LOG)).expect("make a log file");
     let mut command = bare(&["demo", "--load", "--processes", "2", "--tasks", "16", "--targets"]);
+    command.arg(targets);
+    let mut command = with_shards(command, shards);
+    command.stdout(log.try_clone().expect("share the log file")).stderr(log);
+    Process::spawn(command).expect("start the load")
+}
+
+/// The command on these shards.
+fn with_shards(mut command: Command, shards: &[String]) -> Command {
     let ttl = format!("{}ms", quorum::MAX_TTL.as_millis());
     command
-        .arg(targets)
         .args(shards.iter().flat_map(|url| ["--shard", url]))
         .env("SHARDLOCK_TTL", &ttl)
-        .env("SHARDLOCK_REDLOCK_MAX_TTL", &ttl)
-        .stdout(log.try_clone().expect("share the log file"))
-        .stderr(log);
-    Process::spawn(command).expect("start the load")
+        .env("SHARDLOCK_REDLOCK_MAX_TTL", &ttl);
+    command
 }

@@ -5,8 +5,14 @@ use std::sync::LazyLock;
 
 use saphyr::{LoadableYamlNode, YamlOwned};
 use shardlock::metrics::{METRICS, Metric, MetricKind};
+use shardlock::tool::agent_metrics::AGENT_METRICS;
 
 use super::definition::Dashboard;
+
+/// The metrics of a manager, and those that an agent adds.
+fn all_metrics() -> impl Iterator<Item = &'static Metric> {
+    METRICS.iter().chain(AGENT_METRICS)
+}
 
 /// Labels that Prometheus adds.
 const ADDED: [&str; 2] = ["job", "instance"];
@@ -118,7 +124,7 @@ fn metric_of(series: &str) -> &'static Metric {
         let rest = series.strip_prefix(metric.name);
         rest.is_some_and(|rest| parts(metric).contains(&rest))
     };
-    let found = METRICS.iter().find(is_of);
+    let found = all_metrics().find(is_of);
     found.unwrap_or_else(|| panic!("{series} is not a metric, or not a series of its kind"))
 }
 
@@ -240,11 +246,11 @@ fn every_metric_is_on_the_dashboard_or_left_out_for_a_reason() {
         .flat_map(|target| uses(&target.expression))
         .flat_map(|one| one.series.metrics)
         .collect();
-    for metric in METRICS {
+    for metric in all_metrics() {
         let reason = EXCEPTIONS.iter().find(|(name, _)| *name == metric.name);
         assert_eq!(shown.contains(metric.name), reason.is_none(), "{}", metric.name);
     }
-    let known = |name: &str| METRICS.iter().any(|metric| metric.name == name);
+    let known = |name: &str| all_metrics().any(|metric| metric.name == name);
     assert!(
         EXCEPTIONS
             .iter()

@@ -2,6 +2,7 @@
 //! data from a real Prometheus that scrapes a real load. Panels for faults have data while there is
 //! a fault.
 
+mod agent;
 mod command;
 mod definition;
 mod environment;
