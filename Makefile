@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers soak chaos reverts mutants fuzz lint bench bench-peers clean
+.PHONY: help demo dashboard test test-servers soak chaos chaos-agent reverts mutants fuzz lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -57,6 +57,11 @@ chaos: cargo protoc ## Compete for locks on servers of every kind under faults, 
 	@$(with_server) && SHARDLOCK_ETCD_SERVER=$$(scripts/ensure-etcd) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_ETCD_SERVER && \
 	SHARDLOCK_TEST_CHAOS_MINUTES=$(MINUTES) SHARDLOCK_TEST_CHAOS_SEED=$(SEED) SHARDLOCK_TEST_CHAOS_KINDS="$(KINDS)" SHARDLOCK_TEST_CHAOS_FAULTS="$(FAULTS)" \
 	cargo test --locked --all-features --test chaos -- --exact chaos_for_as_long_as_asked --nocapture || exit 1
+
+chaos-agent: cargo protoc ## The same with an agent and its clients, for MINUTES=60.
+	@$(with_server) && export SHARDLOCK_REDIS_SERVER && \
+	SHARDLOCK_TEST_CHAOS_MINUTES=$(MINUTES) SHARDLOCK_TEST_CHAOS_SEED=$(SEED) SHARDLOCK_TEST_CHAOS_FAULTS="$(FAULTS)" \
+	cargo test --locked --all-features --package shardlock-cli --test cli -- --exact serve::chaos::chaos_for_as_long_as_asked --nocapture || exit 1
 
 # FIXES selects fixes by parts of their names, as in FIXES="forged outage".
 reverts: cargo protoc ## Undo each fix of tests/reverts.toml in turn and check that a test fails without it.

@@ -33,10 +33,22 @@ faults! {
     StopWorker = "stop-worker",
     /// Blocks all threads of a worker's runtime.
     BlockRuntime = "block-runtime",
+    /// SIGKILL of a client process of an agent; a new one takes its place.
+    KillClient = "kill-client",
+    /// SIGSTOP of a client process of an agent.
+    StopClient = "stop-client",
+    /// SIGKILL of the agent; a new one takes its place.
+    KillAgent = "kill-agent",
+    /// SIGTERM of the agent, which waits for its holders; a new one takes its place.
+    DrainAgent = "drain-agent",
+    /// SIGSTOP of the agent, for a moment or for longer than a lease lasts.
+    StopAgent = "stop-agent",
     /// SIGSTOP of the only server.
     HungServer = "hung-server",
     /// SIGKILL of the only server, which restarts without its data.
     CrashServer = "crash-server",
+    /// SIGKILL of the only server, which has written everything to its disk before it answered.
+    RestartServer = "restart-server",
     /// The address is redirected to the promoted replica, one client after the other; the old
     /// primary becomes its replica.
     SwitchOver = "switch-over",

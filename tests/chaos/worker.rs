@@ -21,9 +21,9 @@ pub const NAME: &str = "chaos";
 
 /// Keys that all tasks want briefly, keys that mostly one process wants and keeps, and keys that
 /// are held for as long as a lease lasts, or longer.
-const QUICK_KEYS: usize = 10;
-const HOME_KEYS: usize = 15;
-const LONG_KEYS: usize = 2;
+pub const QUICK_KEYS: usize = 10;
+pub const HOME_KEYS: usize = 15;
+pub const LONG_KEYS: usize = 2;
 
 const THREADS: usize = 2;
 const QUICK_TASKS: usize = 8;

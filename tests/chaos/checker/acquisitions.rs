@@ -88,6 +88,18 @@ impl Acquisition {
     }
 }
 
+/// The fault that kills a client of an agent. A lock of an agent ends with the connection of its
+/// holder, so a client relies on its locks until it is killed, and no longer.
+const CLIENT_KILLED: &str = "kill-client";
+
+fn end_holds(all: &mut [Acquisition], who: &str, at: Nanos) {
+    for acquisition in all.iter_mut().filter(|acquisition| acquisition.who == who) {
+        if let Some(Outcome::Granted(hold)) = &mut acquisition.outcome {
+            hold.ending.get_or_insert(at);
+        }
+    }
+}
+
 /// Sorted by the time of the request.
 pub fn collect(lines: &[Line]) -> Vec<Acquisition> {
     let mut all: Vec<Acquisition> = Vec::new();
@@ -107,6 +119,11 @@ pub fn collect(lines: &[Line]) -> Vec<Acquisition> {
         }
     }
     for line in lines {
+        if let Event::FaultBegun { fault, target } = &line.event
+            && fault == CLIENT_KILLED
+        {
+            end_holds(&mut all, target, line.at);
+        }
         let Some(&place) = places.get(&(line.who.as_str(), line.number)) else {
             continue;
         };

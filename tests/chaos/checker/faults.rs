@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::super::clock::Nanos;
 use super::super::history::{Event, Line};
 
-/// The target of a fault that stops the whole machine.
+/// The target of a fault that stops the whole machine. A target may also be a group: `agent-*` is
+/// every process whose name begins with `agent-`.
 pub const EVERYBODY: &str = "everybody";
 
 #[derive(Clone, Debug)]
@@ -19,6 +20,13 @@ pub struct Fault {
 
 #[derive(Clone, Debug)]
 pub struct Faults(Vec<Fault>);
+
+impl Fault {
+    fn is_about(&self, who: &str) -> bool {
+        let group = self.target.strip_suffix('*');
+        self.target == who || self.target == EVERYBODY || group.is_some_and(|group| who.starts_with(group))
+    }
+}
 
 impl Faults {
     pub fn of(lines: &[Line]) -> Self {
@@ -58,10 +66,7 @@ impl Faults {
 
     /// For how long, within this period, the process, its runtime or the whole machine was stopped.
     pub fn still(&self, who: &str, from: Nanos, to: Nanos) -> Nanos {
-        let of_it = self
-            .0
-            .iter()
-            .filter(|fault| fault.target == who || fault.target == EVERYBODY);
+        let of_it = self.0.iter().filter(|fault| fault.is_about(who));
         of_it
             .map(|fault| fault.over.min(to).saturating_sub(fault.begun.max(from)))
             .sum()

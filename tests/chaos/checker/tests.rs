@@ -117,6 +117,36 @@ fn overlap_with_a_killed_holder_whose_guard_was_valid_is_found() {
     assert_finds(text, &["overlap"]);
 }
 
+/// The lock of a client of an agent ends with its connection.
+#[test]
+fn killed_client_of_an_agent_holds_its_lock_until_the_kill_and_no_longer() {
+    let text = "
+        0 agent-c1 1 asked k 1000
+        1 agent-c1 1 granted 10 900
+        2 w2 1 asked k 1000
+        100 nemesis 1 fault kill-client agent-c1
+        GRANT w2 1 granted 11 900
+        150 nemesis 1 over";
+    assert_finds(&text.replace("GRANT", "99"), &["overlap"]);
+    assert_finds(&text.replace("GRANT", "101"), &[]);
+    // Another client that was killed ends nothing.
+    let other = text
+        .replace("GRANT", "101")
+        .replace("kill-client agent-c1", "kill-client agent-c2");
+    assert_finds(&other, &["overlap"]);
+}
+
+#[test]
+fn group_of_processes_is_stopped_together() {
+    let text = "
+        0 agent-c1 1 asked k 10
+        1 nemesis 1 fault stop-agent agent-*
+        9000 nemesis 1 over
+        9001 agent-c1 1 failed timeout";
+    assert_finds(text, &[]);
+    assert_finds(&text.replace("agent-c1", "w1"), &["ask-overdue"]);
+}
+
 #[test]
 fn grant_after_the_validity_of_a_killed_holder_is_no_overlap() {
     let text = "

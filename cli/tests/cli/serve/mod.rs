@@ -1,6 +1,7 @@
 //! `shardlock serve`: real agents, and raw clients on their sockets.
 
 mod access;
+pub(crate) mod chaos;
 pub(crate) mod client;
 mod clients;
 mod commands;
