@@ -264,6 +264,8 @@ fn variables_of_others_are_passed_over() {
     let mut config = Config::default();
     let others = [
         "SHARDLOCK_AGENT",
+        "SHARDLOCK_AGENT_PASSWORD",
+        "SHARDLOCK_AGENT_PASSWORD_FILE",
         "SHARDLOCK_CONFIG",
         "SHARDLOCK_LOG",
         "SHARDLOCK_METRICS",
