@@ -21,7 +21,7 @@ pub use crate::fence::TokenRangeError;
 /// Messages name the key, the shard, the value and the bound, and what to do about it. They never
 /// contain a password, nor a time that was measured, so equal failures have equal messages:
 /// [`waited`](Self::waited) returns the time. The message of an unavailable shard contains the
-/// reason; [`source`](Error::source) is the [`io::Error`] behind it, if there is one.
+/// reason; [`source`](Error::source) is the [`std::io::Error`] behind it, if there is one.
 ///
 /// # Examples
 ///
