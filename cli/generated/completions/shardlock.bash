@@ -309,7 +309,7 @@ _shardlock() {
             return 0
             ;;
         shardlock__subcmd__exec)
-            opts="-k -n -w -E -q -h -V --key --nonblock --shared --permits --timeout --ttl --max-hold --min-hold --conflict-exit-code --kill-after --class --quiet --inherit-password --agent --textfile --textfile-name --metrics --shard --config --set --help --version"
+            opts="-k -n -w -E -q -h -V --key --nonblock --shared --permits --timeout --ttl --max-hold --min-hold --conflict-exit-code --kill-after --class --quiet --inherit-password --agent --agent-password-file --textfile --textfile-name --metrics --shard --config --set --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -364,6 +364,10 @@ _shardlock() {
                     return 0
                     ;;
                 --agent)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --agent-password-file)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -910,7 +914,7 @@ _shardlock() {
                     return 0
                     ;;
                 --view)
-                    COMPREPLY=($(compgen -W "hot held shards" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "hot held shards clients" -- "${cur}"))
                     return 0
                     ;;
                 --key)

@@ -32,7 +32,7 @@ complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "inspect" -d 'Sh
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "ls" -d 'List the held keys of all shards, with their holders and how many processes wait'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "break" -d 'End a lease and pass the key on to the next waiter'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "doctor" -d 'Check the configuration against the servers and report problems with how to fix them'
-complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "top" -d 'Watch contention live: hot keys, held locks and shards'
+complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "top" -d 'Watch contention live: hot keys, held locks, shards, and the clients of agents'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "map" -d 'Show or replace the shard map that is stored on the servers'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "demo" -d 'Show on real servers what goes wrong without a lock, that nothing does with it, and what it costs'
@@ -48,6 +48,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -s E -l confli
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l kill-after -d 'How long to wait between TERM and KILL, up to a day' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l class -d 'The class label for this lock in metrics' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l agent -d 'Take the lock through the agent with this socket (`shardlock serve`) [default: $SHARDLOCK_AGENT, unless shards are given on the command line]' -r -F
+complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l agent-password-file -d 'A file whose first line is the password of the agent [default: $SHARDLOCK_AGENT_PASSWORD_FILE, or the password in $SHARDLOCK_AGENT_PASSWORD]' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l textfile -d 'Report the end of this call in DIR/shardlock_exec_NAME.prom, for the textfile collector of node_exporter' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l textfile-name -d 'The NAME of that file [default: made from the keys]' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l metrics -d 'Serve Prometheus metrics on this address, such as 127.0.0.1:9187; port 0 picks a free port' -r
@@ -108,7 +109,8 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l admin -d 'Th
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l interval -d 'How long to wait between two samples' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l view -d 'The view to show first, or the only one with --once' -r -f -a "hot\t'The keys with the most contention'
 held\t'The locks that are held, the oldest first'
-shards\t'The shards'"
+shards\t'The shards'
+clients\t'The clients of agents (`shardlock serve`)'"
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l key -d 'With shards: a key to show, whether in use or not; repeat it for several. Without it, the servers are searched for keys' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l scan -d 'With shards: how many keys of a server a search may scan, by SCAN; 0 for none [default: 10000]' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l shard -d 'A shard; repeat for several, in the same order in every process' -r
@@ -183,7 +185,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "ls" -d 'List the held keys of all shards, with their holders and how many processes wait'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "break" -d 'End a lease and pass the key on to the next waiter'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "doctor" -d 'Check the configuration against the servers and report problems with how to fix them'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "top" -d 'Watch contention live: hot keys, held locks and shards'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "top" -d 'Watch contention live: hot keys, held locks, shards, and the clients of agents'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "map" -d 'Show or replace the shard map that is stored on the servers'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "demo" -d 'Show on real servers what goes wrong without a lock, that nothing does with it, and what it costs'
