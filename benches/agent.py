@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Measures what `shardlock bench --agent` cannot: how soon the next worker enters when the holder
-is killed, and what connections cost. Needs only Python 3.9 and a Redis server:
+is killed, what connections cost, and the shares of workers of two agents. Needs only Python 3.9
+and a Redis server:
 
     cargo build --release --package shardlock-cli
     benches/agent.py target/release/shardlock $(scripts/ensure-server)
 """
 
+import heapq
 import json
 import os
 import pathlib
 import resource
+import selectors
 import signal
 import socket
 import subprocess
@@ -20,6 +23,8 @@ import time
 KILLS = 200
 IDLE, WAITING = 10_000, 1_000
 NEW_CLIENTS = 1_000
+WORKERS_OF_TWO_AGENTS = [(20, 20), (40, 1)]
+HOLD, SHARES_OVER = 0.005, 30
 
 
 class Client:
@@ -142,6 +147,41 @@ def connections(path, pid):
     }
 
 
+def shares(paths, workers):
+    """The locks of each worker, if the workers of two agents hold one key for 5 ms each in turn."""
+    clients = [Client(path) for path, count in zip(paths, workers) for _ in range(count)]
+    locks = [0] * len(clients)
+    selector, ends = selectors.DefaultSelector(), []
+    for number, client in enumerate(clients):
+        selector.register(client.socket, selectors.EVENT_READ, number)
+        client.send("LOCK shared-out")
+    began = time.perf_counter()
+    # The first turns are of agents that do not know of each other yet.
+    counted_from, until = began + 1, began + 1 + SHARES_OVER
+    while (now := time.perf_counter()) < until:
+        while ends and ends[0][0] <= now:
+            _, number, token = heapq.heappop(ends)
+            selector.unregister(clients[number].socket)
+            clients[number].token(f"UNLOCK shared-out {token}")
+            clients[number].send("LOCK shared-out")
+            selector.register(clients[number].socket, selectors.EVENT_READ, number)
+        for key, _ in selector.select(max(0, ends[0][0] - now) if ends else 0.1):
+            reply = clients[key.data].reply()
+            if not reply.startswith(":"):
+                raise SystemExit(reply)
+            now = time.perf_counter()
+            locks[key.data] += now >= counted_from
+            heapq.heappush(ends, (now + HOLD, key.data, reply[1:]))
+    for client in clients:
+        client.socket.close()
+    each = [locks[: workers[0]], locks[workers[0] :]]
+    return {
+        "workers_of_two_agents": workers,
+        "locks_of_a_worker": [{"min": min(part), "max": max(part)} for part in each],
+        "most_to_least": round(max(locks) / min(locks), 3),
+    }
+
+
 def main():
     shardlock, redis = sys.argv[1:]
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -152,22 +192,26 @@ def main():
         probe.close()
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         server = subprocess.Popen([redis, "--port", port, "--bind", "127.0.0.1", "--save", ""], cwd=folder, **quiet)
-        path = f"{folder}/agent.sock"
+        paths = [f"{folder}/agent-{number}.sock" for number in (1, 2)]
         most = str(IDLE + WAITING + 100)
-        command = [shardlock, "serve", "--shard", f"redis://127.0.0.1:{port}", "--socket", path, "--max-connections", most]
-        agent = None
+        options = ["--shard", f"redis://127.0.0.1:{port}", "--max-connections", most]
+        agents = [None, None]
         try:
             deadline = time.monotonic() + 20
-            while not os.path.exists(path):
-                if agent is None or agent.poll() is not None:
-                    agent = subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet)
+            while not all(map(os.path.exists, paths)):
+                for number, path in enumerate(paths):
+                    if agents[number] is None or agents[number].poll() is not None:
+                        command = [shardlock, "serve", "--socket", path, *options]
+                        agents[number] = subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet)
                 if time.monotonic() > deadline:
-                    raise SystemExit("the agent does not start")
+                    raise SystemExit("the agents do not start")
                 time.sleep(0.1)
-            print(json.dumps(kills(path)), flush=True)
-            print(json.dumps(connections(path, agent.pid)), flush=True)
+            print(json.dumps(kills(paths[0])), flush=True)
+            for workers in WORKERS_OF_TWO_AGENTS:
+                print(json.dumps(shares(paths, workers)), flush=True)
+            print(json.dumps(connections(paths[0], agents[0].pid)), flush=True)
         finally:
-            for process in (agent, server):
+            for process in (*agents, server):
                 if process:
                     process.kill()
                     process.wait()
