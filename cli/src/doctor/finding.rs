@@ -39,7 +39,7 @@ pub(super) struct Finding {
     /// Why it matters. `None` if the level is [`Level::Ok`].
     pub(super) why: Option<String>,
     /// The command or setting that fixes the problem. `None` if the level is [`Level::Ok`].
-    pub(super) mend: Option<String>,
+    pub(super) fix: Option<String>,
 }
 
 impl Finding {
@@ -49,7 +49,7 @@ impl Finding {
             level: Level::Ok,
             found: found.into(),
             why: None,
-            mend: None,
+            fix: None,
         }
     }
 
@@ -58,14 +58,14 @@ impl Finding {
         level: Level,
         found: impl Into<String>,
         why: impl Into<String>,
-        mend: impl Into<String>,
+        fix: impl Into<String>,
     ) -> Self {
         Self {
             check,
             level,
             found: found.into(),
             why: Some(why.into()),
-            mend: Some(mend.into()),
+            fix: Some(fix.into()),
         }
     }
 
@@ -73,27 +73,27 @@ impl Finding {
         check: &'static str,
         found: impl Into<String>,
         why: impl Into<String>,
-        mend: impl Into<String>,
+        fix: impl Into<String>,
     ) -> Self {
-        Self::new(check, Level::Note, found, why, mend)
+        Self::new(check, Level::Note, found, why, fix)
     }
 
     pub(super) fn warning(
         check: &'static str,
         found: impl Into<String>,
         why: impl Into<String>,
-        mend: impl Into<String>,
+        fix: impl Into<String>,
     ) -> Self {
-        Self::new(check, Level::Warning, found, why, mend)
+        Self::new(check, Level::Warning, found, why, fix)
     }
 
     pub(super) fn error(
         check: &'static str,
         found: impl Into<String>,
         why: impl Into<String>,
-        mend: impl Into<String>,
+        fix: impl Into<String>,
     ) -> Self {
-        Self::new(check, Level::Error, found, why, mend)
+        Self::new(check, Level::Error, found, why, fix)
     }
 
     pub(super) fn as_json(&self) -> Value {
@@ -102,7 +102,7 @@ impl Finding {
             "level": self.level.word(),
             "found": self.found,
             "why": self.why,
-            "mend": self.mend,
+            "fix": self.fix,
         })
     }
 }

@@ -87,7 +87,7 @@ mod tests {
         let other = found(Some("v2 a:0-16383 here=a"));
         assert_eq!(other.level, Level::Error);
         assert!(other.found.contains("a:0-16383") && other.found.contains("b:8192-16383"));
-        assert!(other.mend.unwrap().contains("map set --expect 'v2 a:0-16383'"));
+        assert!(other.fix.unwrap().contains("map set --expect 'v2 a:0-16383'"));
     }
 
     #[test]

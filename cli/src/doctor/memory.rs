@@ -16,13 +16,13 @@ pub(super) fn policy(facts: &Facts) -> Option<Finding> {
     let limit = facts
         .value("maxmemory", "maxmemory")
         .and_then(|limit| limit.parse().ok());
-    let mend = "CONFIG SET maxmemory-policy noeviction, then CONFIG REWRITE or the same in redis.conf; preferably use a server for locks only";
+    let fix = "CONFIG SET maxmemory-policy noeviction, then CONFIG REWRITE or the same in redis.conf; preferably use a server for locks only";
     Some(match limit {
         Some(0) => Finding::note(
             CHECK,
             format!("{policy}, without a limit (maxmemory 0)"),
             "without a limit nothing is evicted; with one, locks that are held could be deleted",
-            mend,
+            fix,
         ),
         limit => Finding::error(
             CHECK,
@@ -31,7 +31,7 @@ pub(super) fn policy(facts: &Facts) -> Option<Finding> {
                 limit.map_or_else(|| "unknown".to_owned(), bytes)
             ),
             "when memory runs short, the server deletes keys: a deleted lease lets in a second holder, a deleted queue loses its waiters",
-            mend,
+            fix,
         ),
     })
 }
@@ -83,7 +83,7 @@ mod tests {
             assert_eq!(finding.found, format!("{name}, with maxmemory 100.0 MB"));
             assert!(
                 finding
-                    .mend
+                    .fix
                     .unwrap()
                     .starts_with("CONFIG SET maxmemory-policy noeviction")
             );

@@ -73,7 +73,7 @@ With --json, prints one object:
   counts             number of findings of each level
   settings           findings about the settings alone
   shards             name, url, findings about the shard as a whole, and servers: server (host:port), part, findings
-Each finding has check (its name), level, found (what was found), why (why it matters) and mend (how to fix it).
+Each finding has check (its name), level, found (what was found), why (why it matters) and fix (how to fix it).
 The last two are null if the level is ok.";
 
 /// The kind of shard on Redis, where checks depend on it.

@@ -59,7 +59,7 @@ pub(super) fn known(facts: &Facts) -> Option<Finding> {
     if unknown_commands.is_empty() {
         return None;
     }
-    let mend = match &unknown_commands[..] {
+    let fix = match &unknown_commands[..] {
         [only] if only == "ROLE" => {
             "if this address always leads to a primary, set check_role = false (SHARDLOCK_CHECK_ROLE=false)"
         }
@@ -72,7 +72,7 @@ pub(super) fn known(facts: &Facts) -> Option<Finding> {
         "commands",
         format!("the server does not know {}", unknown_commands.join(", ")),
         "whenever this is needed, locks fail or grants do not arrive",
-        mend,
+        fix,
     ))
 }
 
@@ -109,11 +109,11 @@ pub(super) fn access(address: &str, has_login: bool, facts: &Facts) -> Option<Fi
         return Some(Finding::ok(CHECK, format!("as user {} with a password", facts.user)));
     }
     let why = "anyone who can reach the server can release and take every lock";
-    let mend = "set a password (requirepass, or a user of the ACL) on the server and put it into the URL: redis://user:password@host";
+    let fix = "set a password (requirepass, or a user of the ACL) on the server and put it into the URL: redis://user:password@host";
     let found = format!("no password, as user {}", facts.user);
     Some(match is_loopback(address) {
-        true => Finding::note(CHECK, found, why, mend),
-        false => Finding::warning(CHECK, found, why, mend),
+        true => Finding::note(CHECK, found, why, fix),
+        false => Finding::warning(CHECK, found, why, fix),
     })
 }
 
@@ -157,7 +157,7 @@ mod tests {
         );
         assert!(
             finding
-                .mend
+                .fix
                 .unwrap()
                 .starts_with("ACL SETUSER locks +set ~{a\\*b:* &a\\*b:in:* ")
         );

@@ -108,7 +108,7 @@ mod tests {
         let finding = found(ShardKind::Single, off);
         assert_eq!(finding.level, Level::Warning);
         assert!(finding.why.unwrap().contains("a restart forgets all locks"));
-        assert!(finding.mend.unwrap().contains("CONFIG SET appendonly yes"));
+        assert!(finding.fix.unwrap().contains("CONFIG SET appendonly yes"));
         let snapshots = found(ShardKind::Sentinel, &[("appendonly", "no"), ("save", "3600 1")]);
         assert!(snapshots.level == Level::Warning && snapshots.why.unwrap().contains("since the last snapshot"));
         assert_eq!(found(ShardKind::Redlock, off).level, Level::Note);

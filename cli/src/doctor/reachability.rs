@@ -37,7 +37,7 @@ pub(super) fn unreachable(server: &ProbedServer, error: &ProbeError, level: Leve
         true => "if the port does not speak TLS, use a URL without TLS (redis:// in place of rediss:// and so on)",
         false => "if the port speaks TLS, use a URL with TLS (rediss:// in place of redis:// and so on)",
     };
-    let (found, mend) = match kind {
+    let (found, fix) = match kind {
         ProbeErrorKind::Unreachable if reason.contains("closes the connection on") => (
             format!("no connection: {reason}"),
             "put the address of the Redis server itself into the URL: twemproxy and similar proxies do not support subscriptions".to_owned(),
@@ -98,7 +98,7 @@ pub(super) fn unreachable(server: &ProbedServer, error: &ProbeError, level: Leve
             format!("if the server is loading its data, wait; otherwise check what listens at {address}; {other_scheme}"),
         ),
     };
-    Finding::new(CHECK, level, found, why, mend)
+    Finding::new(CHECK, level, found, why, fix)
 }
 
 /// Like [`unreachable()`], for a server whose address is not in the URL: possibly only the other
@@ -124,9 +124,9 @@ pub(super) fn announced_unreachable(
         "{}; the address is not in the URL, but was announced by {by}",
         finding.found
     );
-    let mend = finding.mend.unwrap_or_default();
-    finding.mend = Some(format!(
-        "if this machine can reach the server only at another address (containers, NAT), set {settings}; otherwise {mend}"
+    let fix = finding.fix.unwrap_or_default();
+    finding.fix = Some(format!(
+        "if this machine can reach the server only at another address (containers, NAT), set {settings}; otherwise {fix}"
     ));
     finding
 }
@@ -226,7 +226,7 @@ mod tests {
         };
         let finding = unreachable(&server, &error, Level::Error);
         assert_eq!(finding.level, Level::Error);
-        format!("{} {}", finding.found, finding.mend.unwrap())
+        format!("{} {}", finding.found, finding.fix.unwrap())
     }
 
     #[test]
@@ -254,9 +254,9 @@ mod tests {
         assert_eq!(found("", ShardKind::Single).level, Level::Ok);
         assert_eq!(found("redis_mode:cluster\n", ShardKind::Cluster).level, Level::Ok);
         let cluster = found("redis_mode:cluster\n", ShardKind::Redlock);
-        assert!(cluster.level == Level::Error && cluster.mend.unwrap().contains("redis+cluster://"));
+        assert!(cluster.level == Level::Error && cluster.fix.unwrap().contains("redis+cluster://"));
         let sentinel = found("redis_mode:sentinel\n", ShardKind::Single);
-        assert!(sentinel.level == Level::Error && sentinel.mend.unwrap().contains("redis+sentinel://"));
+        assert!(sentinel.level == Level::Error && sentinel.fix.unwrap().contains("redis+sentinel://"));
         assert_eq!(found("", ShardKind::Cluster).level, Level::Error);
     }
 
@@ -270,7 +270,7 @@ mod tests {
         assert!(findings.len() == 2 && findings.iter().all(|finding| finding.level == Level::Note));
         assert!(
             findings[1]
-                .mend
+                .fix
                 .as_ref()
                 .unwrap()
                 .contains("ACL SETUSER default +config|get")

@@ -95,13 +95,13 @@ fn independence(nodes: &[ProbedServer]) -> Finding {
             by_run.entry(run).or_default().push(&node.address);
         }
     }
-    let mend = "name a different, independent primary at each position of the URL, in every process";
+    let fix = "name a different, independent primary at each position of the URL, in every process";
     if let Some(same) = by_run.values().find(|addresses| addresses.len() > 1) {
         return Finding::error(
             CHECK,
             format!("{} are the same server", same.join(" and ")),
             "one server has several votes, so a single server that fails or loses its data can decide",
-            mend,
+            fix,
         );
     }
     let replica = nodes.iter().find_map(|node| {
@@ -113,7 +113,7 @@ fn independence(nodes: &[ProbedServer]) -> Finding {
             CHECK,
             format!("{} is a replica of {primary}", node.address),
             "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
-            mend,
+            fix,
         ),
         None => Finding::ok(CHECK, "all nodes are different servers, none is a replica"),
     }
@@ -197,7 +197,7 @@ mod tests {
     fn a_node_that_just_started_has_no_vote() {
         let facts = |seconds: u64| Facts::healthy(&format!("uptime_in_seconds:{seconds}\n"), &[]);
         let finding = vote(&facts(3), Duration::from_secs(10)).unwrap();
-        assert!(finding.level == Level::Warning && finding.mend.unwrap().starts_with("wait 7s"));
+        assert!(finding.level == Level::Warning && finding.fix.unwrap().starts_with("wait 7s"));
         assert_eq!(vote(&facts(10), Duration::from_secs(10)).unwrap().level, Level::Ok);
     }
 }

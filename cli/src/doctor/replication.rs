@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(role(&facts(""), ShardKind::Single).unwrap().level, Level::Ok);
         let finding = role(&facts(REPLICA), ShardKind::Single).unwrap();
         assert_eq!(finding.level, Level::Error);
-        assert!(finding.mend.unwrap().contains("redis://10.0.0.1:6379"));
+        assert!(finding.fix.unwrap().contains("redis://10.0.0.1:6379"));
         let node = role(&facts(REPLICA), ShardKind::Redlock).unwrap();
         assert!(node.level == Level::Error && node.why.unwrap().contains("independent"));
     }

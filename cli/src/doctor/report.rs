@@ -134,7 +134,7 @@ fn write_findings(text: &mut String, findings: &[Finding], indent: usize, colour
         let (check, found) = (finding.check, printable(&finding.found));
         writeln!(text, "{:indent$}{level} {check:CHECK_WIDTH$} {found}", "").ok();
         let below = indent + LEVEL_WIDTH + 1;
-        for (title, line) in [("why", &finding.why), ("mend", &finding.mend)] {
+        for (title, line) in [("why", &finding.why), ("fix", &finding.fix)] {
             if let Some(line) = line.as_ref().filter(|line| !line.is_empty()) {
                 writeln!(text, "{:below$}{title:<5} {}", "", printable(line)).ok();
             }
@@ -220,7 +220,7 @@ a  redis://a:1/0
   a:1  primary
     warning a-check                  a value
             why   a reason
-            mend  a command
+            fix   a command
 
 0 errors, 1 warning, 0 notes, 1 ok
 ";

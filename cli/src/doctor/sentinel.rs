@@ -278,7 +278,7 @@ mod tests {
             ..view(None, &[])
         };
         let finding = check_sentinel(&refused, "m", 3).remove(0);
-        assert!(finding.mend.unwrap().contains("sentinel_password"));
+        assert!(finding.fix.unwrap().contains("sentinel_password"));
     }
 
     #[test]

@@ -138,7 +138,7 @@ fn lease(config: &Config) -> Finding {
 fn unreachable(address: &str, error: &ProbeError, level: Level) -> Finding {
     let ProbeError { kind, reason } = error;
     let health = format!("etcdctl --endpoints {address} endpoint health");
-    let (found, mend) = match kind {
+    let (found, fix) = match kind {
         ProbeErrorKind::Login if reason.contains("not enabled") => (
             format!("the login was refused: {reason}"),
             "leave the user and the password out of the URL, or run etcdctl auth enable".to_owned(),
@@ -165,7 +165,7 @@ fn unreachable(address: &str, error: &ProbeError, level: Level) -> Finding {
         ),
     };
     let why = "if a majority of the members is down, locks of this shard fail";
-    Finding::new("reachable", level, found, why, mend)
+    Finding::new("reachable", level, found, why, fix)
 }
 
 fn check_member(address: &str, member: &Member, config: &Config) -> Vec<Finding> {
@@ -208,12 +208,12 @@ fn check_member(address: &str, member: &Member, config: &Config) -> Vec<Finding>
 fn access(address: &str, member: &Member) -> Finding {
     const CHECK: &str = "access";
     let why = "anyone who can reach the member can release and take every lock";
-    let mend = "run etcdctl auth enable and put a user into the URL: etcd://user:password@host; or use --client-cert-auth with etcds://, tls_cert and tls_key";
+    let fix = "run etcdctl auth enable and put a user into the URL: etcd://user:password@host; or use --client-cert-auth with etcds://, tls_cert and tls_key";
     match (&member.user, member.shows_certificate) {
         (Some(user), _) => Finding::ok(CHECK, format!("as user {user} with a password")),
         (None, true) => Finding::ok(CHECK, "with a certificate"),
-        (None, false) if is_loopback(address) => Finding::note(CHECK, "no password and no certificate", why, mend),
-        (None, false) => Finding::warning(CHECK, "no password and no certificate", why, mend),
+        (None, false) if is_loopback(address) => Finding::note(CHECK, "no password and no certificate", why, fix),
+        (None, false) => Finding::warning(CHECK, "no password and no certificate", why, fix),
     }
 }
 
@@ -226,7 +226,7 @@ fn permitted(member: &Member, namespace: &str) -> Option<Finding> {
         let found = format!("user {user} may read and write all keys that start with {namespace:?}");
         return member.map.is_ok().then(|| Finding::ok(CHECK, found));
     };
-    let mend = match member.user {
+    let fix = match member.user {
         Some(_) => format!("etcdctl role grant-permission <role of {user}> --prefix=true readwrite {namespace}"),
         None => "put a user and its password into the shard's URL: etcd://user:password@host".to_owned(),
     };
@@ -234,7 +234,7 @@ fn permitted(member: &Member, namespace: &str) -> Option<Finding> {
         CHECK,
         format!("user {user} may not read and write all keys that start with {namespace:?}: {refusal}"),
         "locks fail",
-        mend,
+        fix,
     ))
 }
 
@@ -301,10 +301,10 @@ mod tests {
 
     #[test]
     fn each_probe_error_has_its_own_fix() {
-        let mend = |kind, reason| unreachable("a:1", &dead(kind, reason), Level::Error).mend.unwrap();
-        assert!(mend(ProbeErrorKind::Login, "authentication failed").contains("correct the user"));
-        assert!(mend(ProbeErrorKind::Login, "authentication is not enabled").contains("leave the user"));
-        assert!(mend(ProbeErrorKind::Tls, "UnknownIssuer").contains("tls_ca"));
-        assert!(mend(ProbeErrorKind::Unreachable, "refused").contains("etcds://"));
+        let fix = |kind, reason| unreachable("a:1", &dead(kind, reason), Level::Error).fix.unwrap();
+        assert!(fix(ProbeErrorKind::Login, "authentication failed").contains("correct the user"));
+        assert!(fix(ProbeErrorKind::Login, "authentication is not enabled").contains("leave the user"));
+        assert!(fix(ProbeErrorKind::Tls, "UnknownIssuer").contains("tls_ca"));
+        assert!(fix(ProbeErrorKind::Unreachable, "refused").contains("etcds://"));
     }
 }

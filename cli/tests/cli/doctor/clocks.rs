@@ -59,7 +59,7 @@ fn a_server_that_is_too_far_away_for_the_ttl_is_told_by_what_was_measured() {
     let report = ttl("ttl=200ms");
     let finding = report.one("ttl-round-trip");
     assert_eq!((report.code, &finding["level"]), (2, &"error".into()), "{finding}");
-    assert!(finding["mend"].as_str().unwrap().contains("set ttl to 1."), "{finding}");
+    assert!(finding["fix"].as_str().unwrap().contains("set ttl to 1."), "{finding}");
     assert_eq!(ttl("ttl=1s").one("ttl-round-trip")["level"], "warning");
     assert_eq!(ttl("ttl=30s").one("ttl-round-trip")["level"], "ok");
 }

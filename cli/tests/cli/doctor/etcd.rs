@@ -106,7 +106,7 @@ async fn members_that_are_down_are_a_warning_and_without_a_majority_an_error() {
         let finding = report.at(Some(&etcd.place(member)), "reachable");
         assert_eq!(finding["level"], "error", "{finding}");
         assert!(
-            finding["mend"].as_str().unwrap().contains("endpoint health"),
+            finding["fix"].as_str().unwrap().contains("endpoint health"),
             "{finding}"
         );
     }
@@ -120,7 +120,7 @@ async fn a_member_that_hangs_is_told_within_the_time_limit() {
     etcd.cont(0);
     assert_eq!(report.code, 2);
     assert!(
-        report.one("reachable")["mend"]
+        report.one("reachable")["fix"]
             .as_str()
             .unwrap()
             .contains("hangs or is overloaded"),
@@ -173,7 +173,7 @@ async fn logins_and_permissions_that_are_wrong_are_told_apart() {
     let report = examine(&with("u:s3cret"), &[]);
     assert_eq!(report.code, 2);
     assert!(
-        report.one("reachable")["mend"]
+        report.one("reachable")["fix"]
             .as_str()
             .unwrap()
             .contains("leave the user and the password out")
@@ -249,7 +249,7 @@ async fn encryption_that_does_not_come_about_says_which_setting_to_look_at() {
         let report = examine(&etcd.url(), args);
         let finding = report.one("reachable");
         assert_eq!((report.code, &finding["level"]), (2, &"error".into()), "{finding}");
-        let mend = finding["mend"].as_str().unwrap();
-        assert!(mend.contains("tls_ca") && mend.contains("tls_cert"), "{finding}");
+        let fix = finding["fix"].as_str().unwrap();
+        assert!(fix.contains("tls_ca") && fix.contains("tls_cert"), "{finding}");
     }
 }

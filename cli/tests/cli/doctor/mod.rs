@@ -45,7 +45,7 @@ fn a_good_server_has_nothing_to_complain_of_and_is_left_as_it_is() {
     ] {
         let finding = report.one(check);
         assert_eq!(
-            (&finding["level"], &finding["why"], &finding["mend"]),
+            (&finding["level"], &finding["why"], &finding["fix"]),
             (&"ok".into(), &Value::Null, &Value::Null)
         );
     }
@@ -177,7 +177,7 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
     // The user may not read the configuration either, which is only a note.
     assert_eq!(report.one("config")["level"], "note");
     assert!(
-        report.one("config")["mend"]
+        report.one("config")["fix"]
             .as_str()
             .unwrap()
             .contains("ACL SETUSER locks +config|get")
@@ -216,13 +216,13 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
         for rehearsal in ["", " +acl|dryrun +acl|whoami"] {
             set_user(&format!("{rules}{rehearsal}"));
             let report = doctor(&[&url], &[]);
-            let mend = format!("ACL SETUSER locks {rule} ");
-            report.has_only_problem("acl", "error", &[&format!("user locks {lacking}\""), &mend]);
+            let fix = format!("ACL SETUSER locks {rule} ");
+            report.has_only_problem("acl", "error", &[&format!("user locks {lacking}\""), &fix]);
         }
         // The doctor's advice fixes the fault.
-        let mut mend = vec!["ACL", "SETUSER", "locks"];
-        mend.extend(rule.split(' '));
-        server.command(&mend);
+        let mut fix = vec!["ACL", "SETUSER", "locks"];
+        fix.extend(rule.split(' '));
+        server.command(&fix);
         assert_eq!(doctor(&[&url], &[]).code, 0, "{rules}");
     }
 
@@ -247,8 +247,8 @@ fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
         info.contains("master_link_status:up")
     });
     let report = doctor(&[&replica.url()], &[]);
-    let mend = format!("redis://{}", primary.address());
-    report.has_only_problem("role", "error", &["READONLY", &mend]);
+    let fix = format!("redis://{}", primary.address());
+    report.has_only_problem("role", "error", &["READONLY", &fix]);
 
     wait_until("the primary counts the replica", PATIENCE, || {
         let report = doctor(&[&primary.url()], &["--set", "min_replicas_acked=1"]);
@@ -305,10 +305,10 @@ fn a_server_that_is_down_or_hangs_is_an_error_within_the_time_limit() {
     hangs.cont();
     assert_eq!(report.code, 2);
     assert_eq!(report.at(Some(&good.address()), "reachable")["level"], "ok");
-    let mend = |server: &RedisServer| report.at(Some(&server.address()), "reachable")["mend"].to_string();
+    let fix = |server: &RedisServer| report.at(Some(&server.address()), "reachable")["fix"].to_string();
     let ping = format!("redis-cli -h 127.0.0.1 -p {} ping", down.port());
-    assert!(mend(&down).contains(&ping), "{:#}", report.json);
-    assert!(mend(&hangs).contains("hangs or is overloaded"), "{:#}", report.json);
+    assert!(fix(&down).contains(&ping), "{:#}", report.json);
+    assert!(fix(&hangs).contains("hangs or is overloaded"), "{:#}", report.json);
 }
 
 #[test]

@@ -92,7 +92,7 @@ fn a_cluster_of_which_a_part_is_missing_is_an_error() {
     let report = doctor(&[&format!("redis+cluster://{}", plain.address())], &[]);
     assert_eq!(report.one("mode")["level"], "error", "{:#}", report.json);
     assert!(
-        report.one("mode")["mend"]
+        report.one("mode")["fix"]
             .as_str()
             .unwrap()
             .contains("use redis:// for this server")
@@ -107,7 +107,7 @@ fn a_cluster_of_which_a_part_is_missing_is_an_error() {
     assert_eq!(report.code, 2);
     assert_eq!(report.one("cluster_state")["level"], "error");
     assert!(
-        report.one("cluster_state")["mend"]
+        report.one("cluster_state")["fix"]
             .as_str()
             .unwrap()
             .contains("redis-cli --cluster check")

@@ -57,11 +57,11 @@ impl Subject<'_> {
         let said: Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
         let servers = said["shards"][0]["servers"].as_array().expect("servers").iter();
         let findings = servers.flat_map(|server| server["findings"].as_array().expect("findings"));
-        let words = |finding: &Value| finding["mend"].as_str().unwrap_or_default().to_owned();
+        let words = |finding: &Value| finding["fix"].as_str().unwrap_or_default().to_owned();
         findings
             .filter(|finding| finding["check"] == "acl")
             .map(words)
-            .flat_map(|mend| mend.split(' ').map(str::to_owned).collect::<Vec<_>>())
+            .flat_map(|fix| fix.split(' ').map(str::to_owned).collect::<Vec<_>>())
             .filter(|word| word.starts_with(['+', '~', '&']))
             .collect()
     }
