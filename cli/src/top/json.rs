@@ -88,7 +88,8 @@ fn shard(row: &ShardRow) -> Value {
         "leases": row.leases,
         "waiters": row.waiters,
         "locks_per_second": row.rates.map(rates),
-        "round_trip_ms": quantiles(row.round_trips),
+        // None has been measured if they are zero.
+        "round_trip_ms": (!row.round_trips.p99.is_zero()).then(|| quantiles(row.round_trips)),
         "stale": row.stale,
     })
 }

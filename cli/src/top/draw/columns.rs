@@ -1,5 +1,7 @@
 //! The columns of each view and the contents of their cells.
 
+use std::time::Duration;
+
 use ratatui::style::Style;
 
 use super::format::{self, Truncation};
@@ -211,10 +213,15 @@ fn shard(row: &ShardRow, by: ColumnId) -> Option<String> {
         ColumnId::Rate => rate(|rates| rates.acquired),
         ColumnId::Local => rate(|rates| rates.local),
         ColumnId::Remote => rate(|rates| rates.remote),
-        ColumnId::P50 => Some(format::time(row.round_trips.p50)),
-        ColumnId::P99 => Some(format::time(row.round_trips.p99)),
+        ColumnId::P50 => round_trip(row.round_trips.p50),
+        ColumnId::P99 => round_trip(row.round_trips.p99),
         _ => None,
     }
+}
+
+/// None has been measured if it is zero, as by a store that is looked at from outside.
+fn round_trip(time: Duration) -> Option<String> {
+    (!time.is_zero()).then(|| format::time(time))
 }
 
 const fn shard_style(row: &ShardRow) -> Style {
