@@ -352,9 +352,13 @@ impl From<InvalidSetting> for LockError {
     }
 }
 
+/// The kind and the message, which is what a `main` that returns the error prints.
 impl fmt::Debug for LockError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
+        f.debug_struct("LockError")
+            .field("kind", &self.kind())
+            .field("message", &format_args!("{self}"))
+            .finish()
     }
 }
 
