@@ -313,11 +313,17 @@ impl RedisServer {
         self.sorted(&["PUBSUB", "SHARDCHANNELS"])
     }
 
-    /// Number of connections, not counting the test's own.
+    /// Number of connections of clients, not counting the test's own. Those of sentinels and
+    /// replicas may come at any time.
     #[track_caller]
     pub fn connections(&self) -> usize {
         let list: String = self.query(&["CLIENT", "LIST"]);
-        list.lines().count() - 1
+        let is_of_client = |line: &&str| {
+            ![" name=sentinel-", " flags=S", " flags=M"]
+                .iter()
+                .any(|of| line.contains(of))
+        };
+        list.lines().filter(is_of_client).count() - 1
     }
 
     /// The ids of the connections with subscriptions, sorted. The server never reuses an id.
