@@ -146,11 +146,12 @@ on_each_store! {
     }
 
     async fn lingering_lease_is_renewed(store: &TestStore) {
-        let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
+        let ttl = 2 * store.short_ttl();
+        let locks = connect(patient(store).ttl(ttl).linger(LONG)).await;
         let other = connect(patient(store)).await;
         use_once(&locks, "k").await;
         let lease = owner(&other, "k").await;
-        let deadline = Instant::now() + 3 * store.kind().dead_within(store.short_ttl());
+        let deadline = Instant::now() + 2 * store.kind().dead_within(ttl);
         while Instant::now() < deadline {
             assert!(other.try_lock("k").await.expect("try").is_none());
             tokio::time::sleep(Duration::from_millis(10)).await;
