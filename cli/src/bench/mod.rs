@@ -14,6 +14,7 @@
 
 mod context;
 mod figures;
+mod hold_timer;
 mod keys;
 mod locker;
 mod mode;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use shardlock::LockMode;
 
 use super::context::{Counts, Phase, TaskContext};
+use super::hold_timer::HoldTimer;
 use super::locker::Held;
 
 /// The pause after an error, so that a server that is down is not flooded with requests.
@@ -19,6 +20,7 @@ const HOLDS_PER_SAMPLE: u64 = 16;
 struct Task {
     context: Arc<TaskContext>,
     counts: Counts,
+    timer: HoldTimer,
     /// When it requested the lock that it is still waiting for.
     requested_at: Option<Instant>,
     /// The mode of that lock, or of the last one.
@@ -30,6 +32,7 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
     let mut task = Task {
         context,
         counts: Counts::default(),
+        timer: HoldTimer::default(),
         requested_at: None,
         mode: LockMode::Exclusive,
     };
@@ -89,7 +92,7 @@ impl Task {
             self.context.count_token_regression();
         }
         if !self.context.hold.is_zero() {
-            tokio::time::sleep(self.context.hold).await;
+            self.timer.sleep(self.context.hold).await;
         }
         let is_overlapped = !self.context.keys.leave(key, self.mode, entry) && held.is_valid();
         let is_timed = is_sample || !self.context.hold.is_zero();

@@ -4,6 +4,9 @@
 //! when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
 //! counts as one line of JSON. See the README.md in benches/peers.
 
+// The same hold as in shardlock's bench.
+#[path = "../../../../cli/src/bench/hold_timer.rs"]
+mod hold_timer;
 mod options;
 mod peer;
 mod work;

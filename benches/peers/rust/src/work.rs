@@ -1,5 +1,6 @@
 //! The load: tasks that acquire and release locks, and the counts.
 
+use crate::hold_timer::HoldTimer;
 use crate::options::Options;
 use crate::peer::Peer;
 use std::collections::BTreeMap;
@@ -111,6 +112,7 @@ async fn run(
     end: Instant,
     tally: &Shared,
 ) {
+    let mut timer = HoldTimer::default();
     while Instant::now() < end {
         let since = Instant::now();
         locked(tally).since = Some(since);
@@ -127,7 +129,7 @@ async fn run(
         let entered = Instant::now();
         locked(tally).waited(since, entered.min(end));
         if !hold.is_zero() {
-            tokio::time::sleep(hold).await;
+            timer.sleep(hold).await;
         }
         let left = Instant::now();
         if let Err(error) = peer.release(guard).await {
