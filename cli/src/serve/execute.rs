@@ -48,7 +48,11 @@ impl Session {
             self.replies.integer(0);
             return;
         };
-        match held.guard.release().await {
+        let released = held.guard.release().await;
+        // The connection that was granted the lock replies first, since nobody works until its
+        // client knows. The client of this one would otherwise run in between.
+        tokio::task::yield_now().await;
+        match released {
             Ok(()) => self.replies.integer(1),
             Err(error) => match error.kind() {
                 LockErrorKind::Lost => self.replies.integer(0),
