@@ -42,7 +42,9 @@ mod random;
 use beside::{Comparison, Side, criterion};
 use clock::Moment;
 use engine::min_holds::MinHolds;
-use engine::{Contender, Context, InOutage, Linger, Outcome, Request, Rules, Unlimited, WaiterId, WaiterOptions};
+use engine::{
+    Contender, Context, InOutage, Linger, Outcome, Request, Rules, StoreEvent, Unlimited, WaiterId, WaiterOptions,
+};
 use error::LockError;
 use fence::TokenBlock;
 use mode::LockMode;
@@ -114,7 +116,7 @@ impl Line {
             floor: 0,
             ttl: WANT.ttl,
         };
-        drop(line.queue.on_acquire_reply(cycle, answer, cx));
+        drop(line.queue.on_event(cycle, StoreEvent::AcquireReply(answer), cx));
         line
     }
 

@@ -12,7 +12,7 @@ use super::{Job, Shard};
 use crate::clock::Moment;
 use crate::contention::KeyContention;
 use crate::engine::{
-    Contender, Context, Effects, Granted, Outcome, Path, Rare, Request, WaiterId, WaiterOptions, Wake,
+    Contender, Context, Effects, Granted, Outcome, Path, Rare, Request, StoreEvent, WaiterId, WaiterOptions, Wake,
 };
 use crate::error::{Failure, LockError};
 use crate::fence::FencingToken;
@@ -365,6 +365,11 @@ impl Entry {
         if let Some(request) = request {
             self.execute_in_background(request);
         }
+    }
+
+    /// Something arrived from the store for a cycle.
+    pub(crate) fn receive(self: &Arc<Self>, cycle: Cycle, event: StoreEvent<'_>) {
+        self.apply_in_background(|queue, cx| queue.on_event(cycle, event, cx));
     }
 
     /// Lets the background thread execute a request.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Entry, Shard, Usage};
 use crate::clock::Moment;
-use crate::engine::Request;
+use crate::engine::{Request, StoreEvent};
 use crate::protocol::{Acquire, AcquireKind, Cycle, Release};
 use crate::store::{Priority, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
@@ -22,9 +22,7 @@ struct Unanswered<'a> {
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if self.armed {
-            let cycle = self.cycle;
-            self.entry
-                .apply_in_background(|queue, cx| queue.on_request_cancelled(cycle, cx));
+            self.entry.receive(self.cycle, StoreEvent::RequestCancelled);
         }
     }
 }
@@ -62,10 +60,11 @@ impl Entry {
                     return Completed::ELSEWHERE;
                 };
                 let ((), next) = self.apply(now, |queue, cx| match answer {
-                    Ok(answer) => ((), queue.on_acquire_reply(cycle, answer, cx)),
+                    Ok(answer) => ((), queue.on_event(cycle, StoreEvent::AcquireReply(answer), cx)),
                     Err(error) => {
                         let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
-                        ((), queue.on_request_failed(cycle, &error, outage, cx))
+                        let failed = StoreEvent::RequestFailed { error: &error, outage };
+                        ((), queue.on_event(cycle, failed, cx))
                     }
                 });
                 Completed { next, released: None }
@@ -106,10 +105,14 @@ impl Entry {
                     self.shard.manager.min_holds.forget(cycle);
                 }
                 let (released, next) = self.apply(now, |queue, cx| match answer {
-                    Ok(answer) => (Ok(answer.reply.held), queue.on_release_reply(cycle, answer, cx)),
+                    Ok(answer) => {
+                        let replied = StoreEvent::ReleaseReply(answer);
+                        (Ok(answer.reply.held), queue.on_event(cycle, replied, cx))
+                    }
                     Err(error) => {
                         let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
-                        let effects = queue.on_request_failed(cycle, &error, outage, cx);
+                        let failed = StoreEvent::RequestFailed { error: &error, outage };
+                        let effects = queue.on_event(cycle, failed, cx);
                         (Err(error), effects)
                     }
                 });

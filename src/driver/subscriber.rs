@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 
 use super::Shard;
 use crate::backoff::Backoff;
+use crate::engine::StoreEvent;
 use crate::key::Slot;
 use crate::protocol::Push;
 use crate::store::StoreError;
@@ -133,7 +134,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             Push::Granted { ref key, .. } | Push::YourTurn { ref key, .. } | Push::RemoteWaiter { ref key, .. }
                 if !shard.owns(key) => {}
             Push::Granted { key, grant } => match shard.table.get(&key, grant.cycle.mode()) {
-                Some(entry) => entry.apply_in_background(|queue, cx| queue.on_grant(grant, cx)),
+                Some(entry) => entry.receive(grant.cycle, StoreEvent::Grant(grant)),
                 // No task wants the key any more.
                 None => {
                     shard.metrics.stale_grants.increment(1);
@@ -141,11 +142,11 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 }
             },
             Push::YourTurn { key, cycle } => match shard.table.get(&key, cycle.mode()) {
-                Some(entry) => entry.apply_in_background(|queue, cx| queue.on_your_turn(cycle, cx)),
+                Some(entry) => entry.receive(cycle, StoreEvent::YourTurn),
                 None => shard.abandon(&key, cycle),
             },
             Push::RemoteWaiter { key, cycle } => match shard.table.get(&key, cycle.mode()) {
-                Some(entry) => entry.apply_in_background(|queue, cx| queue.on_remote_waiter(cycle, cx)),
+                Some(entry) => entry.receive(cycle, StoreEvent::RemoteWaiter),
                 // The cycle is over.
                 None => shard.abandon(&key, cycle),
             },

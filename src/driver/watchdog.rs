@@ -19,6 +19,7 @@ use tracing::Instrument;
 
 use super::{Entry, Shard};
 use crate::clock::Moment;
+use crate::engine::StoreEvent;
 use crate::engine::renewals::{Due, Renewals, time_limit};
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::StoreError;
@@ -145,7 +146,8 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
             Some(RenewReply::NotOurs) => {}
             None => shard.metrics.renewal_failed.increment(1),
         }
-        entry.apply_in_background(|queue, cx| queue.on_renewal_reply(renewal.cycle, renewal.ttl, sent_at, reply, cx));
+        let (cycle, ttl) = (renewal.cycle, renewal.ttl);
+        entry.receive(cycle, StoreEvent::RenewalReply { ttl, sent_at, reply });
     }
     in_time
 }

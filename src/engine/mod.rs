@@ -19,7 +19,7 @@ pub(crate) mod renewals;
 
 pub(crate) use key::{
     BLOCK_OF_GRANT, Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, MinHold, Outage, Outcome,
-    Path, Rare, Request, Rules, WaiterId, WaiterOptions, Wake,
+    Path, Rare, Request, Rules, StoreEvent, WaiterId, WaiterOptions, Wake,
 };
 #[cfg(test)]
 pub(crate) use key::{Flaw, Unlimited};

@@ -10,7 +10,7 @@ use crate::clock::Moment;
 use crate::engine::min_holds::MinHolds;
 use crate::engine::orphans::Released;
 use crate::engine::renewals::time_limit;
-use crate::engine::{Flaw, Outage, Request, Rules};
+use crate::engine::{Flaw, Outage, Request, Rules, StoreEvent};
 use crate::error::{Failure, LockError};
 use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
 use crate::store::Priority;
@@ -408,7 +408,9 @@ impl World {
                     floor,
                     reply,
                 };
-                let ((), next) = self.event(m, k, |queue, cx| ((), queue.on_acquire_reply(cycle, answer, cx)));
+                let ((), next) = self.event(m, k, |queue, cx| {
+                    ((), queue.on_event(cycle, StoreEvent::AcquireReply(answer), cx))
+                });
                 self.drive_on(m, k, in_flight.driver, next);
             }
             (Order::Queue(Request::Release { cycle, requeue, .. }), Reply::Released(reply)) => {
@@ -422,7 +424,9 @@ impl World {
                     floor,
                     reply,
                 };
-                let ((), next) = self.event(m, k, |queue, cx| ((), queue.on_release_reply(cycle, answer, cx)));
+                let ((), next) = self.event(m, k, |queue, cx| {
+                    ((), queue.on_event(cycle, StoreEvent::ReleaseReply(answer), cx))
+                });
                 self.drive_on(m, k, in_flight.driver, next);
             }
             (Order::Renew(batch), Reply::Renewed(replies)) => {
@@ -456,9 +460,11 @@ impl World {
                     patience: self.plan.timeout,
                     retry_at: self.managers[m].clock.at(self.now) + self.plan.timeout / 8,
                 };
-                let ((), next) = self.event(m, k, |queue, cx| {
-                    ((), queue.on_request_failed(cycle, &error, Some(outage), cx))
-                });
+                let failed = StoreEvent::RequestFailed {
+                    error: &error,
+                    outage: Some(outage),
+                };
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.on_event(cycle, failed, cx)));
                 self.drive_on(m, k, in_flight.driver, next);
             }
         }
@@ -469,7 +475,8 @@ impl World {
         if reply == Some(RenewReply::Extended { wanted: true }) {
             self.ledger.hears_of_rivals(self.now, m, k, cycle);
         }
-        self.event_in_background(m, k, |queue, cx| queue.on_renewal_reply(cycle, ttl, sent_at, reply, cx));
+        let event = StoreEvent::RenewalReply { ttl, sent_at, reply };
+        self.event_in_background(m, k, |queue, cx| queue.on_event(cycle, event, cx));
     }
 
     pub(super) fn deadline_passes(&mut self, request: u64) {

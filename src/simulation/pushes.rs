@@ -8,6 +8,7 @@ use rand::Rng;
 use super::background::Job;
 use super::clock::{Nanos, nanos};
 use super::world::{Event, Part, World};
+use crate::engine::StoreEvent;
 use crate::protocol::Push;
 
 /// A manager's subscription, including the earlier connections that it replaced.
@@ -94,7 +95,9 @@ impl World {
                 if self.managers[m].queues[k].is_unused() {
                     return self.job(m, Job::Abandon { k, cycle: grant.cycle });
                 }
-                self.event_in_background(m, k, |queue, cx| queue.on_grant(grant, cx));
+                self.event_in_background(m, k, |queue, cx| {
+                    queue.on_event(grant.cycle, StoreEvent::Grant(grant), cx)
+                });
             }
             Push::RemoteWaiter { key, cycle } => {
                 let Some(k) = self.index_of(&key, cycle.mode()) else {
@@ -104,13 +107,13 @@ impl World {
                 if self.managers[m].queues[k].lingers_until().is_some() {
                     self.stats.handed_over += 1;
                 }
-                self.event_in_background(m, k, |queue, cx| queue.on_remote_waiter(cycle, cx));
+                self.event_in_background(m, k, |queue, cx| queue.on_event(cycle, StoreEvent::RemoteWaiter, cx));
             }
             Push::YourTurn { key, cycle } => {
                 let Some(k) = self.index_of(&key, cycle.mode()) else {
                     return;
                 };
-                self.event_in_background(m, k, |queue, cx| queue.on_your_turn(cycle, cx));
+                self.event_in_background(m, k, |queue, cx| queue.on_event(cycle, StoreEvent::YourTurn, cx));
             }
             Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
         }

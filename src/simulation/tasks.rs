@@ -9,7 +9,9 @@ use super::clock::{Nanos, nanos};
 use super::network::{Driver, Order};
 use super::turns::Bypass;
 use super::world::{Event, Part, World};
-use crate::engine::{Effects, Granted, InOutage, Linger, MinHold, Outcome, Path, Request, WaiterId, WaiterOptions};
+use crate::engine::{
+    Effects, Granted, InOutage, Linger, MinHold, Outcome, Path, Request, StoreEvent, WaiterId, WaiterOptions,
+};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::mode::LockMode;
@@ -316,7 +318,9 @@ impl World {
     fn drop_request(&mut self, m: usize, k: usize, request: Option<u64>) {
         if let Some(cycle) = request.and_then(|request| self.forget_request(request)) {
             self.stats.dropped += 1;
-            self.event_in_background(m, k, |queue, cx| queue.on_request_cancelled(cycle, cx));
+            self.event_in_background(m, k, |queue, cx| {
+                queue.on_event(cycle, StoreEvent::RequestCancelled, cx)
+            });
         }
     }
 

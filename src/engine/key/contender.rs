@@ -4,13 +4,13 @@
 use std::time::Duration;
 
 use super::group::Group;
-use super::{Context, Effects, Outage, Outcome, Queue, WaiterId, WaiterOptions};
+use super::{Context, Effects, Outcome, Queue, StoreEvent, WaiterId, WaiterOptions};
 use crate::clock::Moment;
 use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::mode::LockMode;
-use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply, RenewReply};
+use crate::protocol::Cycle;
 
 /// See the module documentation. The methods are those of [`Queue`], which documents them.
 #[derive(Debug)]
@@ -213,62 +213,9 @@ impl<W> Contender<W> {
         either!(self, it => it.renewal(cx))
     }
 
-    pub(crate) fn on_renewal_reply(
-        &mut self,
-        cycle: Cycle,
-        ttl: Duration,
-        sent_at: Moment,
-        reply: Option<RenewReply>,
-        cx: Context<'_>,
-    ) -> Effects<W> {
-        either!(self, it => it.on_renewal_reply(cycle, ttl, sent_at, reply, cx))
-    }
-
-    pub(crate) fn on_acquire_reply(
-        &mut self,
-        cycle: Cycle,
-        answer: Answer<AcquireReply>,
-        cx: Context<'_>,
-    ) -> Effects<W> {
-        either!(self, it => it.on_acquire_reply(cycle, answer, cx))
-    }
-
-    pub(crate) fn on_release_reply(
-        &mut self,
-        cycle: Cycle,
-        answer: Answer<ReleaseReply>,
-        cx: Context<'_>,
-    ) -> Effects<W> {
-        either!(self, it => it.on_release_reply(cycle, answer, cx))
-    }
-
-    pub(crate) fn on_request_failed(
-        &mut self,
-        cycle: Cycle,
-        error: &LockError,
-        outage: Option<Outage>,
-        cx: Context<'_>,
-    ) -> Effects<W> {
-        either!(self, it => it.on_request_failed(cycle, error, outage, cx))
-    }
-
-    pub(crate) fn on_request_cancelled(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
-        either!(self, it => it.on_request_cancelled(cycle, cx))
-    }
-
-    pub(crate) fn on_grant(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
-        either!(self, it => it.on_grant(grant, cx))
-    }
-
-    pub(crate) fn on_your_turn(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
-        match self {
-            Self::Exclusive(queue) => queue.on_your_turn(cycle),
-            Self::Group(group) => group.on_your_turn(cycle, cx),
-        }
-    }
-
-    pub(crate) fn on_remote_waiter(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
-        either!(self, it => it.on_remote_waiter(cycle, cx))
+    /// Something arrived from the store for a cycle.
+    pub(crate) fn on_event(&mut self, cycle: Cycle, event: StoreEvent<'_>, cx: Context<'_>) -> Effects<W> {
+        either!(self, it => it.on_event(cycle, event, cx))
     }
 
     pub(crate) fn on_resubscribed(&mut self, cx: Context<'_>) -> Effects<W> {

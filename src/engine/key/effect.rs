@@ -70,10 +70,7 @@ impl Bound {
     }
 }
 
-/// A request for the key. Its result is reported with
-/// [`Queue::on_acquire_reply`](super::Queue::on_acquire_reply),
-/// [`Queue::on_release_reply`](super::Queue::on_release_reply) or
-/// [`Queue::on_request_failed`](super::Queue::on_request_failed).
+/// A request for the key. Its result is reported as a [`StoreEvent`](super::StoreEvent).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
     /// Acquire the lease, or extend it and reserve more tokens.

@@ -26,10 +26,8 @@
 //! flight, and tokens that are left are never used by anybody.
 //!
 //! At most one request for the key is in flight at any time. Renewals by the watchdog do not count:
-//! they only extend what is already ours. The caller reports the reply with
-//! [`Queue::on_acquire_reply`] or [`Queue::on_release_reply`], and the lack of one with
-//! [`Queue::on_request_failed`] or [`Queue::on_request_cancelled`].
-//! If a request fails because the store is unreachable, it is retried while any waiter tolerates
+//! they only extend what is already ours. The caller reports the reply, or the lack of one, as a
+//! [`StoreEvent`]. If a request fails because the store is unreachable, it is retried while any waiter tolerates
 //! the outage (see `outage`). After a missing reply the store may still know cycles that are over.
 //! These are *abandoned*: released in the background until the store confirms.
 //!
@@ -44,6 +42,7 @@
 mod acquire;
 mod contender;
 mod effect;
+mod event;
 mod group;
 mod hold;
 mod outage;
@@ -60,6 +59,7 @@ use std::time::Duration;
 
 pub(crate) use contender::Contender;
 pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
+pub(crate) use event::StoreEvent;
 pub(crate) use outage::Outage;
 pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, MinHold, Outcome, Path, Rules, WaiterOptions};
 #[cfg(test)]

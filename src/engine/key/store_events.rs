@@ -2,6 +2,7 @@
 
 use super::Queue;
 use super::effect::Effects;
+use super::event::StoreEvent;
 use super::outage::Outage;
 use super::phase::Phase;
 use super::types::Context;
@@ -9,8 +10,22 @@ use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply};
 
 impl<W> Queue<W> {
+    /// Something arrived from the store for a cycle.
+    pub(crate) fn on_event(&mut self, cycle: Cycle, event: StoreEvent<'_>, cx: Context<'_>) -> Effects<W> {
+        match event {
+            StoreEvent::AcquireReply(answer) => self.on_acquire_reply(cycle, answer, cx),
+            StoreEvent::ReleaseReply(answer) => self.on_release_reply(cycle, answer, cx),
+            StoreEvent::RenewalReply { ttl, sent_at, reply } => self.on_renewal_reply(cycle, ttl, sent_at, reply, cx),
+            StoreEvent::RequestFailed { error, outage } => self.on_request_failed(cycle, error, outage, cx),
+            StoreEvent::RequestCancelled => self.on_request_cancelled(cycle, cx),
+            StoreEvent::Grant(grant) => self.on_grant(grant, cx),
+            StoreEvent::YourTurn => self.on_your_turn(cycle),
+            StoreEvent::RemoteWaiter => self.on_remote_waiter(cycle, cx),
+        }
+    }
+
     /// The reply to an acquire arrived.
-    pub(crate) fn on_acquire_reply(
+    pub(super) fn on_acquire_reply(
         &mut self,
         cycle: Cycle,
         answer: Answer<AcquireReply>,
@@ -33,7 +48,7 @@ impl<W> Queue<W> {
     }
 
     /// The reply to a release arrived.
-    pub(crate) fn on_release_reply(
+    pub(super) fn on_release_reply(
         &mut self,
         cycle: Cycle,
         answer: Answer<ReleaseReply>,
@@ -71,7 +86,7 @@ impl<W> Queue<W> {
 
     /// A request failed or timed out, so its effect is unknown. Waiters that depend on it fail,
     /// except those that tolerate an `outage`.
-    pub(crate) fn on_request_failed(
+    pub(super) fn on_request_failed(
         &mut self,
         cycle: Cycle,
         error: &LockError,
@@ -115,7 +130,7 @@ impl<W> Queue<W> {
 
     /// The task that executed a request was cancelled before the reply arrived. If other waiters
     /// are left, the request is sent again: the store treats two requests of one cycle as one.
-    pub(crate) fn on_request_cancelled(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
+    pub(super) fn on_request_cancelled(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Acquiring(acquiring) if acquiring.cycle == cycle || acquiring.releases == Some(cycle) => {
@@ -155,7 +170,7 @@ impl<W> Queue<W> {
     /// 3. Validity counts from when the request that got the "queued" reply was sent, because the
     ///    grant was made after that. If at most half of the TTL is left by that count, the acquire
     ///    is sent again.
-    pub(crate) fn on_grant(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
+    pub(super) fn on_grant(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Acquiring(acquiring) if acquiring.cycle == grant.cycle => {
@@ -184,7 +199,7 @@ impl<W> Queue<W> {
 
     /// The store reports that the cycle may be at the head of its queue. The acquire is sent again,
     /// and only the reply to it makes the manager the holder.
-    pub(crate) fn on_your_turn(&mut self, cycle: Cycle) -> Effects<W> {
+    pub(super) fn on_your_turn(&mut self, cycle: Cycle) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Queued(queued) if queued.cycle == cycle => self.retry_acquire(&mut effects),
@@ -201,7 +216,7 @@ impl<W> Queue<W> {
     /// A remote waiter began to wait for what we hold. A lingering lease is released at once. A
     /// cycle that is over can only hold the lease because a request given up long ago was executed
     /// late; it is released too.
-    pub(crate) fn on_remote_waiter(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
+    pub(super) fn on_remote_waiter(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         let is_current = self.is_current(cycle);
         match &mut self.phase {

@@ -81,7 +81,7 @@ impl<W> Queue<W> {
 
     /// The reply to a renewal arrived. `None` means that there was none, and the renewal is
     /// retried.
-    pub(crate) fn on_renewal_reply(
+    pub(super) fn on_renewal_reply(
         &mut self,
         cycle: Cycle,
         ttl: Duration,

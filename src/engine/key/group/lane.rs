@@ -82,12 +82,11 @@ impl<W> Group<W> {
     ) {
         let waiting = self.waiters.len();
         let Some(lane) = self.lanes.get_mut(index) else { return };
-        match lane.mode {
-            LockMode::Permits { weight, limit } => {
-                let share = share_of_turn(waiting, weight, limit);
-                (lane.queue.share, lane.queue.beside) = (share, share.into());
-            }
-            LockMode::Shared | LockMode::Exclusive => lane.queue.beside = waiting as u64,
+        if let LockMode::Permits { weight, limit } = lane.mode {
+            let share = share_of_turn(waiting, weight, limit);
+            (lane.queue.share, lane.queue.beside) = (share, share.into());
+        } else {
+            lane.queue.beside = waiting as u64;
         }
         let done = event(&mut lane.queue);
         let mut reason = LossReason::Expired;

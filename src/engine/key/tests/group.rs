@@ -194,24 +194,28 @@ impl Few {
                     patience: TTL,
                     retry_at: self.now,
                 };
-                self.event(|group, cx| ((), group.on_request_failed(cycle, &error, Some(outage), cx)));
+                let failed = StoreEvent::RequestFailed {
+                    error: &error,
+                    outage: Some(outage),
+                };
+                self.event(|group, cx| ((), group.on_event(cycle, failed, cx)));
             }
             Step::Dropped(end) => {
                 let Some(request) = self.take(end) else { return false };
                 let cycle = request.cycle();
-                self.event(|group, cx| ((), group.on_request_cancelled(cycle, cx)));
+                self.event(|group, cx| ((), group.on_event(cycle, StoreEvent::RequestCancelled, cx)));
             }
             Step::Pushed => {
                 let Some(cycle) = self.queued.pop() else { return false };
                 let grant = grant(cycle, self.counter + 1, self.counter + 2);
                 self.counter += 2;
-                self.event(|group, cx| ((), group.on_grant(grant, cx)));
+                self.event(|group, cx| ((), group.on_event(cycle, StoreEvent::Grant(grant), cx)));
             }
             Step::Wanted => {
                 let Some(cycle) = self.guards.iter().flatten().map(|guard| guard.lease.cycle).next() else {
                     return false;
                 };
-                self.event(|group, cx| ((), group.on_remote_waiter(cycle, cx)));
+                self.event(|group, cx| ((), group.on_event(cycle, StoreEvent::RemoteWaiter, cx)));
             }
             Step::Expire => {
                 self.now = self.now + TTL;
@@ -262,7 +266,7 @@ impl Few {
         match request {
             Request::Acquire { .. } => {
                 let answer = answer(self.now, reply);
-                self.event(|group, cx| ((), group.on_acquire_reply(cycle, answer, cx)));
+                self.event(|group, cx| ((), group.on_event(cycle, StoreEvent::AcquireReply(answer), cx)));
             }
             Request::Release { requeue, .. } => {
                 let reply = ReleaseReply {
@@ -275,7 +279,7 @@ impl Few {
                     floor: 0,
                     reply,
                 };
-                self.event(|group, cx| ((), group.on_release_reply(cycle, answer, cx)));
+                self.event(|group, cx| ((), group.on_event(cycle, StoreEvent::ReleaseReply(answer), cx)));
             }
         }
         true
