@@ -4,7 +4,12 @@
 //! Reads no clock. `now` decides when leases end; `server_time`, in the unit of tokens, is only
 //! used to raise a counter that was lost.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+#[cfg(test)]
+mod claim;
+mod lock;
+mod queue;
+
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use crate::clock::Moment;
@@ -14,8 +19,9 @@ use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_owner_tag;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
-use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireReply, Push, ReleaseReply, RenewReply};
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState};
+use lock::{HolderRecord, LeaseRecord, Lock, Member, mode_of};
 
 /// Leases, queues, counters and subscribed inboxes.
 #[derive(Debug, Default, Clone)]
@@ -40,103 +46,8 @@ pub(crate) struct MemoryCore {
     pub(crate) outbox: Vec<(String, Push)>,
 }
 
-#[derive(Debug, Default, Clone)]
-struct Lock {
-    /// An exclusive lease.
-    lease: Option<LeaseRecord>,
-    /// The shared leases and permits. Empty while there is an exclusive lease.
-    holders: Vec<HolderRecord>,
-    queue: BTreeSet<Member>,
-    /// The end of a mark that was kept by [`Flaw::KeepsMark`].
-    #[cfg(test)]
-    marked_until: Option<Moment>,
-}
-
-impl Lock {
-    fn is_unused(&self) -> bool {
-        self.lease.is_none() && self.holders.is_empty() && self.queue.is_empty()
-    }
-
-    fn is_held_by(&self, owner: &str) -> bool {
-        self.lease.as_ref().is_some_and(|lease| lease.owner == owner)
-            || self.holders.iter().any(|holder| holder.owner == owner)
-    }
-
-    /// Whether another lease in this mode can be given out now. Each holder of permits states a
-    /// limit, and the smallest one counts.
-    fn admits(&self, mode: LockMode) -> bool {
-        if self.lease.is_some() {
-            return false;
-        }
-        #[cfg(test)]
-        if self.marked_until.is_some() && mode == LockMode::Exclusive {
-            return false;
-        }
-        match mode {
-            LockMode::Exclusive => self.holders.is_empty(),
-            LockMode::Shared => true,
-            LockMode::Permits { .. } => {
-                let modes = || self.holders.iter().map(|holder| holder.mode);
-                let used: u32 = modes().map(LockMode::weight).sum();
-                let limit = modes().map(LockMode::limit).min().unwrap_or(u32::MAX);
-                used + mode.weight() <= limit.min(mode.limit())
-            }
-        }
-    }
-
-    /// Removes what has ended.
-    fn expire(&mut self, now: Moment) {
-        if self.lease.as_ref().is_some_and(|lease| lease.has_ended(now)) {
-            self.lease = None;
-        }
-        self.holders.retain(|holder| holder.ends > now);
-    }
-}
-
-/// A shared lease, or one of permits.
-#[derive(Debug, Clone)]
-struct HolderRecord {
-    owner: String,
-    mode: LockMode,
-    ends: Moment,
-}
-
-/// A cycle in a queue. Ordered by the counter when it joined.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Member {
-    joined_at: u64,
-    owner: String,
-    /// Whether its manager's inbox was subscribed here when the cycle last sent a request.
-    is_subscribed: bool,
-}
-
-/// The longest TTL of a lease whose new owner can't be notified, and learns of it by its next
-/// request.
-const UNNOTIFIED_LEASE: Duration = Duration::from_secs(1);
-
 /// How many waiting cycles get a message when a lease is retired.
 const TOLD_MAX: usize = 10;
-
-#[derive(Debug, Clone)]
-struct LeaseRecord {
-    owner: String,
-    ends: Option<Moment>,
-}
-
-impl LeaseRecord {
-    fn has_ended(&self, now: Moment) -> bool {
-        self.ends.is_some_and(|ends| ends <= now)
-    }
-}
-
-/// What [`MemoryCore::advance`] did.
-#[derive(Debug, Default)]
-struct Advanced {
-    /// The tokens granted to the cycle that sent the request, if it was admitted.
-    mine: Option<TokenBlock>,
-    /// The last token that was reserved, if any cycle was admitted.
-    last: Option<u64>,
-}
 
 /// The parameters of a request besides the key.
 #[derive(Debug, Clone, Copy)]
@@ -550,164 +461,10 @@ impl MemoryCore {
         TokenBlock::ending_at(*counter, terms.tokens)
     }
 
-    /// Joins the queue if not in it yet. Returns the mark, the number of members ahead, whether the
-    /// member is new, and whether a grant would reach it.
-    fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool, bool) {
-        let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
-        let is_subscribed = parse_owner_tag(me).is_some_and(|(manager, _)| self.subscribed.contains(manager));
-        let queue = &mut self.locks.entry(key.clone()).or_default().queue;
-        let place = queue.iter().enumerate().find(|(_, member)| member.owner == me);
-        match place.map(|(ahead, member)| (ahead, member.clone())) {
-            Some((ahead, member)) => {
-                if !is_subscribed && member.is_subscribed {
-                    queue.remove(&member);
-                    queue.insert(Member {
-                        is_subscribed,
-                        ..member
-                    });
-                }
-                (mark, ahead as u64, false, is_subscribed)
-            }
-            None => {
-                queue.insert(Member {
-                    joined_at: mark,
-                    owner: me.to_owned(),
-                    is_subscribed,
-                });
-                (mark, queue.len() as u64 - 1, true, is_subscribed)
-            }
-        }
-    }
-
-    fn leave(&mut self, key: &LockKey, me: &str) {
-        if let Some(lock) = self.locks.get_mut(key) {
-            lock.queue.retain(|member| member.owner != me);
-        }
-    }
-
     fn forget_if_unused(&mut self, key: &LockKey) {
         if self.locks.get(key).is_some_and(Lock::is_unused) {
             self.locks.remove(key);
         }
-    }
-
-    /// Admits the head of the queue and those that follow it, for as long as each can hold the key
-    /// beside those before it, and notifies them. Nobody passes a member that has to wait.
-    ///
-    /// A member whose inbox is no longer subscribed is skipped, and nothing is sent to it. A member
-    /// whose inbox was not subscribed when it last asked gets a short lease instead, which it
-    /// learns of by its next request. `me` learns of its grant by the reply and has the TTL of its
-    /// request; any other member has the TTL of its cycle.
-    fn advance(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Advanced {
-        let mut advanced = Advanced::default();
-        let mut granted: Vec<(String, Cycle, TokenBlock)> = Vec::new();
-        while let Some(lock) = self.locks.get_mut(key)
-            && let Some(head) = lock.queue.first()
-            && lock.admits(mode_of(&head.owner))
-            && let Some(heir) = lock.queue.pop_first()
-        {
-            let Some((manager, cycle)) = parse_owner_tag(&heir.owner) else {
-                continue;
-            };
-            let own_terms = Terms {
-                ttl: cycle.ttl(),
-                ..terms
-            };
-            #[cfg(test)]
-            if self.counts_receivers && me != Some(heir.owner.as_str()) {
-                if let Some(tokens) = self.grant_and_count(key, manager, cycle, own_terms) {
-                    advanced.last = Some(tokens.last());
-                }
-                continue;
-            }
-            let tokens = if me == Some(heir.owner.as_str()) {
-                let tokens = self.reserve(key, terms);
-                self.admit(key, &heir.owner, terms);
-                advanced.mine = Some(tokens);
-                tokens
-            } else if self.subscribed.contains(manager) {
-                let tokens = self.reserve(key, own_terms);
-                self.admit(key, &heir.owner, own_terms);
-                granted.push((manager.to_owned(), cycle, tokens));
-                tokens
-            } else if !heir.is_subscribed {
-                let ttl = own_terms.ttl.min(self.unnotified_lease());
-                self.admit(key, &heir.owner, Terms { ttl, ..terms });
-                self.reserve(key, Terms { tokens: 1, ..terms })
-            } else {
-                continue;
-            };
-            advanced.last = Some(tokens.last());
-        }
-        // Only now is it known how many are left.
-        for (manager, cycle, tokens) in granted {
-            self.notify_of_grant(key, &manager, cycle, tokens);
-        }
-        advanced
-    }
-
-    fn unnotified_lease(&self) -> Duration {
-        #[cfg(test)]
-        if let Some(longer) = self.unnotified_lease {
-            return longer;
-        }
-        UNNOTIFIED_LEASE
-    }
-
-    fn notify_of_grant(&mut self, key: &LockKey, manager: &str, cycle: Cycle, tokens: TokenBlock) {
-        let grant = Grant {
-            cycle,
-            tokens,
-            queued: self.queue_length(key),
-        };
-        let key = key.clone();
-        self.notify(manager, Push::Granted { key, grant });
-    }
-
-    /// Tells the holders that asked for it that somebody waits.
-    fn notify_holders(&mut self, key: &LockKey) {
-        let Some(lock) = self.locks.get(key) else { return };
-        let exclusive = lock.lease.iter().map(|lease| lease.owner.as_str());
-        let owners = exclusive.chain(lock.holders.iter().map(|holder| holder.owner.as_str()));
-        let told: Vec<(String, Cycle)> = owners
-            .filter_map(parse_owner_tag)
-            .filter(|(_, cycle)| !cycle.expects_rivals())
-            .map(|(manager, cycle)| (manager.to_owned(), cycle))
-            .collect();
-        for (manager, cycle) in told {
-            let key = key.clone();
-            self.notify(&manager, Push::RemoteWaiter { key, cycle });
-        }
-    }
-
-    /// The bug of [`counts_receivers`](Self::counts_receivers).
-    #[cfg(test)]
-    fn grant_and_count(&mut self, key: &LockKey, manager: &str, cycle: Cycle, terms: Terms) -> Option<TokenBlock> {
-        let counter = self.counters.get(&key.slot()).copied().unwrap_or_default();
-        let tokens = self.reserve(key, terms);
-        let owner = format!("{manager}:{cycle}");
-        self.admit(key, &owner, terms);
-        self.notify_of_grant(key, manager, cycle, tokens);
-        if self.subscribed.contains(manager) {
-            return Some(tokens);
-        }
-        // The next member gets the same tokens.
-        self.remove(key, &owner);
-        self.counters.insert(key.slot(), counter);
-        None
-    }
-
-    fn queued(&self, key: &LockKey, mark: u64, ahead: u64, is_subscribed: bool, now: Moment) -> AcquireReply {
-        let lock = self.locks.get(key);
-        let lease = lock.and_then(|lock| lock.lease.as_ref());
-        let first_end = lock.and_then(|lock| lock.holders.iter().map(|holder| holder.ends).min());
-        AcquireReply::Queued(QueuePosition {
-            enqueue_token: mark,
-            owner_ttl: lease.map_or(first_end, |lease| lease.ends).map(|ends| ends.since(now)),
-            owner_foreign: lease.is_some_and(|lease| parse_owner_tag(&lease.owner).is_none()),
-            ahead,
-            is_subscribed,
-        })
     }
 
     /// Sends a message to a manager, wherever its inbox is subscribed.
@@ -717,14 +474,6 @@ impl MemoryCore {
         }
     }
 }
-
-/// The mode of a cycle; that of another library's lock is exclusive.
-fn mode_of(owner: &str) -> LockMode {
-    parse_owner_tag(owner).map_or(LockMode::Exclusive, |(_, cycle)| cycle.mode())
-}
-
-#[cfg(test)]
-mod claim;
 
 #[cfg(test)]
 mod tests {
