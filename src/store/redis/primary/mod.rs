@@ -29,6 +29,7 @@
 //! Whenever a connection ends, the epoch changes, and no lease is passed on before it was confirmed
 //! in the new epoch.
 
+mod attempts;
 mod background;
 mod checked;
 mod dial;
@@ -39,6 +40,7 @@ pub(super) mod fuzzing;
 mod health;
 mod link;
 mod renewals;
+mod send;
 mod sentinels;
 mod subscriber;
 #[cfg(test)]
@@ -51,7 +53,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value};
+use deadpool_redis::redis::{RedisError, Value};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
@@ -60,7 +62,7 @@ use super::commands::{Commands, erase};
 use super::connection::Cuts;
 use super::map;
 use super::replica_ack::ReplicaAck;
-use super::reply::{acquired, acquired_freely, concerns_modes, inspected, released};
+use super::reply::released;
 use super::script::Scripts;
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
@@ -78,12 +80,14 @@ use crate::store::{
 };
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
+use attempts::{Attempts, RECONNECTS_PER_REQUEST};
 use background::Background;
 use checked::{Borrowed, Checked, PrimaryOpener, PrimaryPool};
 use discovery::Discovery;
 use failover::FailoverEvents;
-use link::{Link, Live};
+use link::Link;
 use renewals::CallShape;
+use send::ReleaseBy;
 use sentinels::Sentinels;
 use vote::VoteEligibility;
 
@@ -129,9 +133,6 @@ pub(super) struct Shared {
     /// Limits log lines about renewals that were refused or not confirmed.
     failed_renewals: RateLimit,
 }
-
-/// How often a request is resent on a new connection after the old one turned out to be broken.
-const RECONNECTS_PER_REQUEST: usize = 2;
 
 impl RedisStore {
     /// Creates a store for the server at this address. Sends nothing yet.
@@ -277,162 +278,12 @@ impl Shared {
         std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
     }
 
-    /// Releases once, on this connection, with one of the scripts.
-    async fn send_release(&self, live: &mut Live, request: &Release, by: ReleaseBy, floor: u64) -> RedisResult<Value> {
-        if let ReleaseBy::Retire(rest) = by {
-            let fill = |command: &mut Cmd| self.commands.fill_retire(command, request, rest);
-            return Box::pin(self.scripts.retire.call(&mut live.connection, fill)).await;
-        }
-        if by == ReleaseBy::Free {
-            let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
-            return self.scripts.release_free.call(&mut live.connection, fill).await;
-        }
-        if request.is_exclusive() {
-            let fill = |command: &mut Cmd| self.commands.fill_release(command, request, floor);
-            let value = self.scripts.release.call_told_last(&mut live.connection, fill).await?;
-            if !concerns_modes(&value) {
-                return Ok(value);
-            }
-        }
-        let fill = |command: &mut Cmd| self.commands.fill_release_modes(command, request, floor);
-        let script = &self.scripts.modes.release;
-        // Boxed, so that it does not enlarge the future of every request.
-        Box::pin(script.call_told_last(&mut live.connection, fill)).await
-    }
-
-    /// Ends the lease of any owner once, on this connection. The scripts are those of a release.
-    async fn send_break(
-        &self,
-        live: &mut Live,
-        key: &LockKey,
-        owner: &str,
-        tokens: u32,
-        floor: u64,
-    ) -> RedisResult<Value> {
-        let fill = |command: &mut Cmd| self.commands.fill_break(command, key, owner, tokens, floor);
-        let value = self.scripts.release.call_told_last(&mut live.connection, fill).await?;
-        if !concerns_modes(&value) {
-            return Ok(value);
-        }
-        let fill = |command: &mut Cmd| self.commands.fill_break_modes(command, key, owner, tokens, floor);
-        let script = &self.scripts.modes.release;
-        script.call_told_last(&mut live.connection, fill).await
-    }
-
-    /// Sends a command about the shard map.
-    async fn map_command(&self, link: &Link, live: &Live, command: Cmd) -> Result<Value, StoreError> {
-        let mut connection = live.connection.clone();
-        let reply = connection.send_packed_command(&command).await;
-        let reply = reply.and_then(Value::extract_error).map_err(|error| {
-            link.is_ended_by(&error, live);
-            self.commands.permissions.of_command(error, &command)
-        });
-        reply.map_err(|error| self.discovery.to_store_error(&error))
-    }
-
-    /// Reads the state of a key.
-    async fn inspect(&self, borrowed: Borrowed, key: &LockKey) -> Result<KeyState, StoreError> {
-        let commands = self.commands.inspect(key);
-        let mut connection = borrowed.connection();
-        let asking = connection.send_packed_commands(&commands, 0, commands.len());
-        let replies = tokio::time::timeout(self.patience(), asking).await;
-        let replies = replies.unwrap_or_else(|_| Err(self.no_answer()));
-        match replies.and_then(|replies| self.commands.permissions.without_errors(&commands, replies)) {
-            Ok(replies) => inspected(&replies),
-            Err(error) => Err(borrowed.failed(self, &error)),
-        }
-    }
-
     /// How often the primary has changed; always zero at a fixed address.
     fn switches(&self) -> u64 {
         match self.discovery {
             Discovery::Fixed(_) => 0,
             Discovery::Sentinels(_) => self.failovers.switches(),
         }
-    }
-
-    /// Acquires once, on this connection.
-    async fn send_acquire(
-        &self,
-        live: &mut Live,
-        request: &Acquire,
-        slot: Slot,
-        floor: u64,
-    ) -> RedisResult<Result<AcquireReply, StoreError>> {
-        if let Some(ack) = &self.replica_ack {
-            // Boxed, so that it does not enlarge the future of every request.
-            return Box::pin(self.send_acquire_confirmed(ack, live, request, slot, floor)).await;
-        }
-        let is_exclusive = request.cycle.mode().is_exclusive();
-        if is_exclusive && request.kind == AcquireKind::Fast {
-            let commands = self.commands.take_freely(request, slot);
-            let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
-            let replies = self.commands.permissions.without_errors(&commands, replies)?;
-            return Ok(acquired_freely(&replies, request.tokens));
-        }
-        if is_exclusive {
-            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-            let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
-            if !concerns_modes(&value) {
-                return Ok(acquired(&value, request.tokens));
-            }
-        }
-        let fill = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
-        let value = Box::pin(self.scripts.modes.acquire.call(&mut live.connection, fill)).await?;
-        Ok(acquired(&value, request.tokens))
-    }
-
-    /// The same, followed at once by a wait for replicas. Fails if they do not confirm the lease.
-    async fn send_acquire_confirmed(
-        &self,
-        ack: &ReplicaAck,
-        live: &mut Live,
-        request: &Acquire,
-        slot: Slot,
-        floor: u64,
-    ) -> RedisResult<Result<AcquireReply, StoreError>> {
-        let wait = ack.next();
-        let is_exclusive = request.cycle.mode().is_exclusive();
-        let (reply, acked) = if is_exclusive && request.kind == AcquireKind::Fast {
-            let mut commands = self.commands.take_freely(request, slot);
-            commands.add_command(wait.command());
-            let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
-            let acked = replies.pop().unwrap_or(Value::Nil);
-            let replies = self.commands.permissions.without_errors(&commands, replies)?;
-            (acquired_freely(&replies, request.tokens), acked)
-        } else {
-            let (connection, scripts, wait) = (&mut live.connection, &self.scripts, wait.command());
-            let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-            let all_modes = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
-            let mut call = None;
-            if is_exclusive {
-                let answer = scripts.acquire.call_before(&wait, connection, exclusive).await?;
-                call = Some(answer).filter(|(value, _)| !concerns_modes(value));
-            }
-            let (value, acked) = match call {
-                Some(call) => call,
-                None => scripts.modes.acquire.call_before(&wait, connection, all_modes).await?,
-            };
-            (acquired(&value, request.tokens), acked)
-        };
-        let reply = match reply {
-            Ok(reply) => reply,
-            Err(error) => return Ok(Err(error)),
-        };
-        if !matches!(reply, AcquireReply::Granted { .. }) {
-            return Ok(Ok(reply));
-        }
-        // Its tokens were issued, whatever happens to the lease.
-        self.note_reply(slot, &reply);
-        // An error of `WAIT` itself may mean that the server is no longer a primary.
-        let acked = acked.extract_error()?;
-        Ok(ack.check(wait, &acked).map(|()| reply))
-    }
-
-    /// The reply to a requeued cycle. An unconfirmed grant is dropped, so that the cycle asks
-    /// again.
-    fn only_confirmed(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
-        requeued.filter(|reply| self.replica_ack.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
     }
 }
 
@@ -684,54 +535,5 @@ impl LeaseStore for RedisStore {
     fn leave_app_runtime(&self) {
         self.callers.iter().for_each(|link| link.leave());
         self.shared.may_have_forgotten();
-    }
-}
-
-/// Which script releases a lease.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ReleaseBy {
-    /// The lease stays for this long, for the rest of its `min_hold`.
-    Retire(Duration),
-    /// The short one: no cycle is known to wait.
-    Free,
-    /// The lease goes to the next cycle.
-    PassingOn,
-}
-
-/// Counts failed attempts to send a request.
-#[derive(Default)]
-struct Attempts {
-    count: usize,
-    /// Whether one of them may have released the lease.
-    may_have_released: bool,
-}
-
-impl Attempts {
-    /// After a connection broke, or turned out not to lead to a primary, the request is resent on a
-    /// new one: the store treats two requests of one cycle as one. Any other error fails the
-    /// request.
-    fn failed(&mut self, shared: &Shared, link: &Link, live: &Live, error: &RedisError) -> Result<(), StoreError> {
-        if link.is_ended_by(error, live) {
-            self.count += 1;
-            // A server that replied that it is not a primary has done nothing.
-            self.may_have_released |= error.is_unrecoverable_error();
-            if self.count <= RECONNECTS_PER_REQUEST {
-                return Ok(());
-            }
-        }
-        Err(shared.discovery.to_store_error(error))
-    }
-
-    /// The primary changed while the request was in flight, so its reply must be discarded. For a
-    /// release, `held` states whether the lease was ours in that reply.
-    fn was_discarded(&mut self, held: Option<bool>) -> Result<(), StoreError> {
-        self.count += 1;
-        self.may_have_released |= held.unwrap_or(false);
-        if self.count <= RECONNECTS_PER_REQUEST {
-            return Ok(());
-        }
-        Err(StoreError::Unavailable(
-            "the primary changed more than once while the request was in flight".into(),
-        ))
     }
 }
