@@ -32,8 +32,8 @@ fn worker_entry() {
         "chooser" => security::tls::choose_and_lock(&me),
         "load" => top::load::run(&me),
         "agent client" => serve::client::run(&me),
-        serve::chaos::CLIENT => serve::chaos::client::fight(&me),
-        serve::chaos::WORKER => serve::chaos::worker::fight(&me),
+        serve::chaos::client::NAME => serve::chaos::client::fight(&me),
+        support_chaos::worker::NAME => support_chaos::worker::fight(&me),
         "recorded" => security::secrets::record(&me),
         name => panic!("no worker is called {name}"),
     }

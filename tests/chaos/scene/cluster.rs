@@ -6,9 +6,10 @@ use std::time::Duration;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use support::{Cluster, PATIENCE, RedisServer, wait_until};
+use support_chaos::{Fault, some_time};
+use support_locks::lock_keys;
 
-use super::super::faults::{Fault, some_time};
-use super::{Scene, lock_keys, some_key, strike_nodes};
+use super::{Scene, some_key, strike_nodes};
 
 /// In milliseconds, longer and shorter than a node must be silent to be replaced.
 const LONG: (u64, u64) = (2_500, 4_000);

@@ -6,9 +6,9 @@ use std::time::Duration;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use support::etcd::{Etcd, LEASE_MIN};
+use support_chaos::{Fault, some_time};
 use tokio::runtime::Runtime;
 
-use super::super::faults::{Fault, some_time};
 use super::network::Network;
 use super::{Scene, some_key};
 

@@ -14,9 +14,8 @@ use std::time::Duration;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use support::{ClientType, RedisServer};
-
-use super::faults::Fault;
-use super::worker::keys;
+use support_chaos::worker::keys;
+use support_chaos::{Fault, some_time};
 
 pub trait Scene {
     fn ttl(&self) -> Duration;
@@ -95,17 +94,10 @@ fn strike_nodes(nodes: &[&RedisServer], fault: Fault, rng: &mut SmallRng) -> boo
         Fault::OutOfMemory => {
             let node = nodes[rng.random_range(0..nodes.len())];
             node.command(&["CONFIG", "SET", "maxmemory", "1"]);
-            thread::sleep(super::faults::some_time(rng, 50, 1_500));
+            thread::sleep(some_time(rng, 50, 1_500));
             node.command(&["CONFIG", "SET", "maxmemory", "0"]);
         }
         _ => return false,
     }
     true
-}
-
-/// Keys that belong to individual locks: everything except counters and the shard map.
-fn lock_keys(node: &RedisServer) -> Vec<String> {
-    let mut keys = node.keys();
-    keys.retain(|key| !key.contains("%map") && !key.contains("%fence:"));
-    keys
 }

@@ -5,9 +5,8 @@ use std::thread;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use support::proxy::Proxy;
-
-use super::super::crew::PLACES;
-use super::super::faults::{Fault, some_time};
+use support_chaos::worker::PLACES;
+use support_chaos::{Fault, some_time};
 
 pub struct Network {
     /// By place, then by server.

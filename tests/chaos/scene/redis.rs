@@ -9,11 +9,12 @@ use rand::rngs::SmallRng;
 use support::other_clock::{self, OtherClock};
 use support::sentinel::in_step;
 use support::{ClientType, PATIENCE, RedisServer, wait_until};
+use support_chaos::worker::PLACES;
+use support_chaos::{Fault, some_time};
+use support_locks::lock_keys;
 
-use super::super::crew::PLACES;
-use super::super::faults::{Fault, some_time};
 use super::network::Network;
-use super::{Scene, lock_keys, strike_nodes};
+use super::{Scene, strike_nodes};
 
 pub struct Redis {
     servers: [RedisServer; 2],

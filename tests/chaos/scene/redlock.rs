@@ -8,10 +8,11 @@ use rand::rngs::SmallRng;
 use support::other_clock::{self, OtherClock};
 use support::quorum::MAX_TTL;
 use support::{Quorum, RedisServer};
+use support_chaos::{Fault, some_time};
+use support_locks::lock_keys;
 
-use super::super::faults::{Fault, some_time};
 use super::network::Network;
-use super::{Scene, lock_keys, strike_nodes};
+use super::{Scene, strike_nodes};
 
 pub struct Redlock {
     quorum: Quorum,

@@ -6,9 +6,10 @@ use std::time::Duration;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use support::sentinel::Watched;
+use support_chaos::{Fault, some_time};
+use support_locks::lock_keys;
 
-use super::super::faults::{Fault, some_time};
-use super::{Scene, lock_keys, strike_nodes};
+use super::{Scene, strike_nodes};
 
 pub struct Sentinel(Watched);
 

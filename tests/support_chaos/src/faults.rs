@@ -14,7 +14,7 @@ macro_rules! faults {
 
         impl Fault {
             #[cfg(test)]
-            pub const ALL: &[Self] = &[$(Self::$fault,)*];
+            pub(crate) const ALL: &[Self] = &[$(Self::$fault,)*];
 
             /// The fault's name in histories and reports.
             pub const fn name(self) -> &'static str {
@@ -60,7 +60,9 @@ faults! {
     CrashPrimary = "crash-primary",
     /// A replica takes over from a healthy primary.
     Failover = "failover",
+    /// SIGSTOP of a replica.
     HungReplica = "hung-replica",
+    /// SIGSTOP of a sentinel.
     HungSentinel = "hung-sentinel",
     /// SIGSTOP of one of several independent or replicated servers.
     HungNode = "hung-node",
@@ -72,41 +74,49 @@ faults! {
     PartitionReplies = "partition-replies",
     /// Servers receive nothing from clients.
     PartitionRequests = "partition-requests",
+    /// Servers and clients receive nothing from each other.
     PartitionBoth = "partition-both",
     /// Requests arrive late, after their clients have given up.
     LateRequests = "late-requests",
+    /// Replies arrive late.
     SlowReplies = "slow-replies",
     /// Connections become silent without being closed.
     LostReplies = "lost-replies",
+    /// The server closes the connections that subscribe.
     CutSubscriptions = "cut-subscriptions",
+    /// The server closes the connections that send commands.
     CutConnections = "cut-connections",
+    /// `SCRIPT FLUSH`.
     ScriptFlush = "script-flush",
     /// A lease is deleted manually.
     DeleteLease = "delete-lease",
+    /// `FLUSHALL`.
     FlushAll = "flush-all",
+    /// A server is out of memory for a while.
     OutOfMemory = "out-of-memory",
+    /// A slot moves to another node.
     SlotMigration = "slot-migration",
     /// A server's clock jumps, and later jumps back.
     ClockJump = "clock-jump",
 }
 
 /// Draws each fault once before any fault is repeated.
-pub struct Deck {
+pub(crate) struct Deck {
     all: Vec<Fault>,
     left: Vec<Fault>,
 }
 
 impl Deck {
-    pub fn new(all: Vec<Fault>) -> Self {
+    pub(crate) fn new(all: Vec<Fault>) -> Self {
         Self { all, left: Vec::new() }
     }
 
     /// Whether every fault has been drawn equally often.
-    pub fn is_through(&self) -> bool {
+    pub(crate) fn is_through(&self) -> bool {
         self.left.is_empty()
     }
 
-    pub fn draw(&mut self, rng: &mut SmallRng) -> Fault {
+    pub(crate) fn draw(&mut self, rng: &mut SmallRng) -> Fault {
         if self.left.is_empty() {
             self.left = self.all.clone();
             self.left.shuffle(rng);

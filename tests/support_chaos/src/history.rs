@@ -10,61 +10,75 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::clock::Nanos;
+use crate::clock::Nanos;
 
 /// One line of a history.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Line {
-    pub at: Nanos,
+pub(crate) struct Line {
+    pub(crate) at: Nanos,
     /// The process.
-    pub who: String,
+    pub(crate) who: String,
     /// The number of the acquisition or fault, unique within a process.
-    pub number: u64,
-    pub event: Event,
+    pub(crate) number: u64,
+    pub(crate) event: Event,
 }
 
+/// What happened.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Event {
     /// A lock was requested, with this timeout.
     Asked {
+        /// The name of the lock.
         key: String,
+        /// The timeout.
         limit: Nanos,
     },
     /// The guard was acquired, with this remaining validity.
     Granted {
+        /// The fencing token.
         token: u64,
+        /// The remaining validity.
         left: Nanos,
     },
     /// A later reading of the remaining validity.
     Valid {
+        /// The remaining validity.
         left: Nanos,
     },
     /// `lost()` has returned.
     Told {
+        /// The reason of the loss.
         reason: String,
     },
     /// The guard is about to be released.
     Ending {
+        /// The remaining validity.
         left: Nanos,
     },
     /// The guard was released: `ok`, `lost`, `error`, or `unknown` if the outcome was not awaited.
     Ended {
+        /// One of these words.
         outcome: String,
     },
     /// The request failed, for this reason.
     Failed {
+        /// The kind of the error.
         why: String,
     },
     /// The process has shut its manager down.
     Down,
     /// A fault begins. `target` may be a worker.
     FaultBegun {
+        /// The name of the fault.
         fault: String,
+        /// The process that it affects, or `-`.
         target: String,
     },
+    /// The fault has ended.
     FaultOver,
     /// Something was left over after the end.
     Left {
+        /// What it was.
         what: String,
     },
 }
@@ -89,7 +103,7 @@ impl fmt::Display for Line {
 }
 
 impl Line {
-    pub fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let mut words = line.splitn(5, ' ');
         let at = words.next()?.parse().ok()?;
         let who = words.next()?.to_owned();
@@ -148,6 +162,7 @@ pub struct Journal {
 }
 
 impl Journal {
+    /// Creates the file of a process in this folder.
     pub fn create(dir: &Path, who: &str) -> Self {
         let file = OpenOptions::new()
             .create_new(true)
@@ -171,7 +186,7 @@ fn path(dir: &Path, who: &str) -> PathBuf {
 }
 
 /// All lines of all processes, sorted by time.
-pub fn read(dir: &Path) -> Vec<Line> {
+pub(crate) fn read(dir: &Path) -> Vec<Line> {
     let mut lines = Vec::new();
     for entry in fs::read_dir(dir).expect("read a directory") {
         let path = entry.expect("read a directory").path();

@@ -10,27 +10,27 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::checker::EVERYBODY;
-use super::clock::{Nanos, now};
-use super::history::{Event, Journal};
+use crate::checker::EVERYBODY;
+use crate::clock::{Nanos, now};
+use crate::history::{Event, Journal};
 
 const BEAT: Duration = Duration::from_millis(10);
 /// A machine with any spare processor time wakes the thread with less delay than this.
 const STALL: Nanos = 150_000_000;
 
-pub const NAME: &str = "machine-stall";
+pub(crate) const NAME: &str = "machine-stall";
 
 /// Number of stalls since this process started, and their total duration.
-pub static STALLS: AtomicU64 = AtomicU64::new(0);
-pub static STALLED: AtomicU64 = AtomicU64::new(0);
+pub(crate) static STALLS: AtomicU64 = AtomicU64::new(0);
+pub(crate) static STALLED: AtomicU64 = AtomicU64::new(0);
 
-pub struct Watch {
+pub(crate) struct Watch {
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watch {
-    pub fn start(history: &Path) -> Self {
+    pub(crate) fn start(history: &Path) -> Self {
         let journal = Journal::create(history, "machine");
         let over = Arc::<AtomicBool>::default();
         let thread = thread::spawn({

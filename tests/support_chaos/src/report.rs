@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use super::checker::{EXCUSES, Verdict};
-use super::round::Outcome;
+use crate::checker::{EXCUSES, Verdict};
+use crate::round::Outcome;
 
 #[derive(Default)]
-pub struct Report {
+pub(crate) struct Report {
     kinds: BTreeMap<String, OfKind>,
 }
 
@@ -21,7 +21,7 @@ struct OfKind {
 }
 
 impl Report {
-    pub fn add(&mut self, kind: &str, outcome: Outcome) {
+    pub(crate) fn add(&mut self, kind: &str, outcome: Outcome) {
         let of_kind = self.kinds.entry(kind.to_owned()).or_default();
         of_kind.rounds += 1;
         of_kind.lasted += outcome.lasted;
@@ -32,7 +32,7 @@ impl Report {
     }
 
     /// The stories of all violations.
-    pub fn stories(&self) -> String {
+    pub(crate) fn stories(&self) -> String {
         let mut stories = String::new();
         for (kind, of_kind) in &self.kinds {
             for violation in &of_kind.verdict.violations {
@@ -42,7 +42,7 @@ impl Report {
         stories
     }
 
-    pub fn violations(&self) -> usize {
+    pub(crate) fn violations(&self) -> usize {
         self.kinds
             .values()
             .map(|of_kind| of_kind.verdict.violations.len())

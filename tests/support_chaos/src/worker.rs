@@ -13,16 +13,21 @@ use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockGuard, LockManager};
 use support::{PATIENCE, worker};
 
-use super::clock::{nanos, now};
-use super::crew::PLACES;
-use super::history::{Event, Journal};
+use crate::clock::{nanos, now};
+use crate::history::{Event, Journal};
+use crate::member::{Member, Processes};
 
+/// The name of the entry, which calls [`fight`].
 pub const NAME: &str = "chaos";
 
-/// Keys that all tasks want briefly, keys that mostly one process wants and keeps, and keys that
-/// are held for as long as a lease lasts, or longer.
+/// The number of places. Each has keys that mostly the worker at that place wants.
+pub const PLACES: usize = 3;
+
+/// The number of keys `quick0`, `quick1`, ... that all tasks want briefly.
 pub const QUICK_KEYS: usize = 10;
+/// The number of keys `home0`, ... that mostly one process wants and keeps.
 pub const HOME_KEYS: usize = 15;
+/// The number of keys `long0`, ... that are held for as long as a lease lasts, or longer.
 pub const LONG_KEYS: usize = 2;
 
 const THREADS: usize = 2;
@@ -32,6 +37,7 @@ const HAVE_NO_LONG: usize = QUICK_TASKS + HOME_TASKS;
 /// Interval between two readings of a guard that is held for long.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
+/// The names of all keys.
 pub fn keys() -> Vec<String> {
     let quick = (0..QUICK_KEYS).map(|number| format!("quick{number}"));
     let home = (0..HOME_KEYS).map(|number| format!("home{number}"));
@@ -100,6 +106,35 @@ pub fn fight(me: &worker::Current) {
     });
     shared.journal.note(now(), 0, Event::Down);
     me.say("ended");
+}
+
+/// What a worker needs beside the variables that all processes of a round have.
+pub struct Settings {
+    /// Below [`PLACES`].
+    pub place: usize,
+    /// The shard.
+    pub url: String,
+    /// The longest TTL of a quorum.
+    pub longest_ttl: Duration,
+    /// The setting `min_replicas_acked`.
+    pub replicas_acked: u32,
+}
+
+/// Starts a worker.
+pub fn start(processes: &mut Processes, settings: Settings) -> Member {
+    // With a late renewal, a holder relies on its lease for longer.
+    let renew_fraction = if processes.seed.is_multiple_of(4) { 0.1 } else { 0.4 };
+    let more = [
+        ("SHARDLOCK_TEST_PLACE", settings.place.to_string()),
+        ("SHARDLOCK_TEST_RENEW", renew_fraction.to_string()),
+        ("SHARDLOCK_TEST_URL", settings.url),
+        (
+            "SHARDLOCK_TEST_LONGEST_TTL",
+            settings.longest_ttl.as_millis().to_string(),
+        ),
+        ("SHARDLOCK_TEST_REPLICAS", settings.replicas_acked.to_string()),
+    ];
+    processes.start(NAME, "w", &more)
 }
 
 async fn connect(me: &worker::Current, ttl: Duration) -> LockManager {

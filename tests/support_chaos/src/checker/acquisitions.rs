@@ -2,42 +2,42 @@
 
 use std::collections::HashMap;
 
-use super::super::clock::Nanos;
-use super::super::history::{Event, Line};
+use crate::clock::Nanos;
+use crate::history::{Event, Line};
 
 #[derive(Clone, Debug)]
-pub struct Acquisition {
-    pub who: String,
-    pub number: u64,
-    pub key: String,
-    pub asked: Nanos,
-    pub limit: Nanos,
+pub(super) struct Acquisition {
+    pub(super) who: String,
+    pub(super) number: u64,
+    pub(super) key: String,
+    pub(super) asked: Nanos,
+    pub(super) limit: Nanos,
     /// `None` if the process died first or is still waiting.
-    pub outcome: Option<Outcome>,
+    pub(super) outcome: Option<Outcome>,
 }
 
 #[derive(Clone, Debug)]
-pub enum Outcome {
+pub(super) enum Outcome {
     Granted(Hold),
     Failed { at: Nanos, why: String },
 }
 
 #[derive(Clone, Debug)]
-pub struct Hold {
+pub(super) struct Hold {
     /// When the guard was acquired.
-    pub at: Nanos,
-    pub token: u64,
+    pub(super) at: Nanos,
+    pub(super) token: u64,
     /// Readings of the guard: the time, and the remaining validity at that time.
-    pub readings: Vec<(Nanos, Nanos)>,
-    pub told: Option<(Nanos, String)>,
-    pub ending: Option<Nanos>,
-    pub ended: Option<(Nanos, String)>,
+    pub(super) readings: Vec<(Nanos, Nanos)>,
+    pub(super) told: Option<(Nanos, String)>,
+    pub(super) ending: Option<Nanos>,
+    pub(super) ended: Option<(Nanos, String)>,
 }
 
 impl Hold {
     /// The end of the time in which the holder could rely on exclusive access. Never later than the
     /// actual end.
-    pub fn until(&self) -> Nanos {
+    pub(super) fn until(&self) -> Nanos {
         let claimed = self.claimed_until();
         match (&self.ended, self.ending) {
             // The release confirmed that the lock was held until then.
@@ -50,7 +50,7 @@ impl Hold {
     }
 
     /// The latest end of validity among the readings, whatever happened afterwards.
-    pub fn claimed_until(&self) -> Nanos {
+    pub(super) fn claimed_until(&self) -> Nanos {
         let ends = self
             .readings
             .iter()
@@ -60,13 +60,13 @@ impl Hold {
     }
 
     /// Whether the guard was valid when it was acquired.
-    pub fn was_valid(&self) -> bool {
+    pub(super) fn was_valid(&self) -> bool {
         self.readings[0].1 > 0
     }
 }
 
 impl Acquisition {
-    pub fn hold(&self) -> Option<&Hold> {
+    pub(super) fn hold(&self) -> Option<&Hold> {
         match &self.outcome {
             Some(Outcome::Granted(hold)) => Some(hold),
             _ => None,
@@ -74,7 +74,7 @@ impl Acquisition {
     }
 
     /// When the request succeeded or failed.
-    pub fn answered(&self) -> Option<Nanos> {
+    pub(super) fn answered(&self) -> Option<Nanos> {
         match &self.outcome {
             Some(Outcome::Granted(hold)) => Some(hold.at),
             Some(Outcome::Failed { at, .. }) => Some(*at),
@@ -83,7 +83,7 @@ impl Acquisition {
     }
 
     /// The name used in reports.
-    pub fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         format!("{}#{}", self.who, self.number)
     }
 }
@@ -101,7 +101,7 @@ fn end_holds(all: &mut [Acquisition], who: &str, at: Nanos) {
 }
 
 /// Sorted by the time of the request.
-pub fn collect(lines: &[Line]) -> Vec<Acquisition> {
+pub(super) fn collect(lines: &[Line]) -> Vec<Acquisition> {
     let mut all: Vec<Acquisition> = Vec::new();
     let mut places: HashMap<(&str, u64), usize> = HashMap::new();
     for line in lines {

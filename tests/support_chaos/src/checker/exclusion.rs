@@ -4,7 +4,7 @@ use super::Finding;
 use super::acquisitions::Acquisition;
 
 /// Checks all acquisitions of one key.
-pub fn check(of_key: &[&Acquisition], findings: &mut Vec<Finding>) {
+pub(super) fn check(of_key: &[&Acquisition], findings: &mut Vec<Finding>) {
     let mut holds: Vec<_> = of_key
         .iter()
         .filter_map(|acquisition| {

@@ -4,17 +4,17 @@
 use super::faults::Faults;
 use super::{Finding, Terms};
 
-pub struct Excuse {
-    pub name: &'static str,
+pub(crate) struct Excuse {
+    pub(crate) name: &'static str,
     /// The part of the documentation that states it.
-    pub source: &'static str,
-    pub faults: &'static [&'static str],
-    pub violations: &'static [&'static str],
+    pub(crate) source: &'static str,
+    pub(crate) faults: &'static [&'static str],
+    pub(crate) violations: &'static [&'static str],
     /// Whether the exclusion also applies if every replica has confirmed every lease.
     also_confirmed: bool,
 }
 
-pub const EXCUSES: &[Excuse] = &[
+pub(crate) const EXCUSES: &[Excuse] = &[
     Excuse {
         name: "crash-without-persistence",
         source: "docs/guarantees.md, a single primary: without persistence, a crash forgets all leases",
@@ -49,7 +49,7 @@ pub const EXCUSES: &[Excuse] = &[
 ];
 
 impl Excuse {
-    pub fn of(finding: &Finding, faults: &Faults, terms: Terms) -> Option<&'static Self> {
+    pub(crate) fn of(finding: &Finding, faults: &Faults, terms: Terms) -> Option<&'static Self> {
         EXCUSES.iter().find(|excuse| {
             let applies =
                 excuse.violations.contains(&finding.violation) && (excuse.also_confirmed || !terms.is_confirmed);

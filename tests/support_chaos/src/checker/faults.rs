@@ -2,24 +2,24 @@
 
 use std::collections::BTreeMap;
 
-use super::super::clock::Nanos;
-use super::super::history::{Event, Line};
+use crate::clock::Nanos;
+use crate::history::{Event, Line};
 
 /// The target of a fault that stops the whole machine. A target may also be a group: `agent-*` is
 /// every process whose name begins with `agent-`.
-pub const EVERYBODY: &str = "everybody";
+pub(crate) const EVERYBODY: &str = "everybody";
 
 #[derive(Clone, Debug)]
-pub struct Fault {
-    pub name: String,
-    pub target: String,
-    pub begun: Nanos,
+pub(crate) struct Fault {
+    pub(crate) name: String,
+    pub(crate) target: String,
+    pub(crate) begun: Nanos,
     /// `Nanos::MAX` if the fault never ended.
-    pub over: Nanos,
+    pub(crate) over: Nanos,
 }
 
 #[derive(Clone, Debug)]
-pub struct Faults(Vec<Fault>);
+pub(crate) struct Faults(Vec<Fault>);
 
 impl Fault {
     fn is_about(&self, who: &str) -> bool {
@@ -29,7 +29,7 @@ impl Fault {
 }
 
 impl Faults {
-    pub fn of(lines: &[Line]) -> Self {
+    pub(crate) fn of(lines: &[Line]) -> Self {
         let mut faults: BTreeMap<(&str, u64), Fault> = BTreeMap::new();
         for line in lines {
             match &line.event {
@@ -52,12 +52,12 @@ impl Faults {
         Self(faults.into_values().collect())
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Fault> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Fault> {
         self.0.iter()
     }
 
     /// Whether no fault was active in this period, nor within `settled` before it.
-    pub fn none_between(&self, from: Nanos, to: Nanos, settled: Nanos) -> bool {
+    pub(crate) fn none_between(&self, from: Nanos, to: Nanos, settled: Nanos) -> bool {
         !self
             .0
             .iter()
@@ -65,7 +65,7 @@ impl Faults {
     }
 
     /// For how long, within this period, the process, its runtime or the whole machine was stopped.
-    pub fn still(&self, who: &str, from: Nanos, to: Nanos) -> Nanos {
+    pub(crate) fn still(&self, who: &str, from: Nanos, to: Nanos) -> Nanos {
         let of_it = self.0.iter().filter(|fault| fault.is_about(who));
         of_it
             .map(|fault| fault.over.min(to).saturating_sub(fault.begun.max(from)))

@@ -4,7 +4,7 @@ use super::acquisitions::{Acquisition, Hold};
 use super::faults::Faults;
 use super::{Finding, Terms};
 
-pub fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+pub(super) fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
     for acquisition in acquisitions {
         let Some(hold) = acquisition.hold() else { continue };
         let mut find = |violation, at, words: String| {

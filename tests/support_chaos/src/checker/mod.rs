@@ -34,11 +34,11 @@ use acquisitions::{Acquisition, Outcome};
 use excuses::Excuse;
 use faults::Faults;
 
-use super::clock::{Nanos, SECOND};
-use super::history::{Event, Line};
+use crate::clock::{Nanos, SECOND};
+use crate::history::{Event, Line};
 
-pub use excuses::EXCUSES;
-pub use faults::EVERYBODY;
+pub(crate) use excuses::EXCUSES;
+pub(crate) use faults::EVERYBODY;
 
 /// What the checker needs to know about the round.
 #[derive(Clone, Copy, Debug)]
@@ -58,47 +58,47 @@ impl Terms {
 
     /// The time after which a fault has no effect any more: the leases of dead holders have
     /// expired, and all waiters have retried.
-    pub const fn settled(&self) -> Nanos {
+    pub(crate) const fn settled(&self) -> Nanos {
         self.ttl + 4 * SECOND
     }
 }
 
 /// A violation, excused or not.
 #[derive(Clone, Debug)]
-pub struct Finding {
-    pub violation: &'static str,
-    pub at: Nanos,
+pub(crate) struct Finding {
+    pub(crate) violation: &'static str,
+    pub(crate) at: Nanos,
     /// The time since which the problem must have existed.
-    pub since: Nanos,
-    pub key: Option<String>,
-    pub words: String,
+    pub(crate) since: Nanos,
+    pub(crate) key: Option<String>,
+    pub(crate) words: String,
 }
 
 /// A finding with the surrounding lines of the history.
 #[derive(Clone, Debug)]
-pub struct Violation {
-    pub finding: Finding,
-    pub story: String,
+pub(crate) struct Violation {
+    pub(crate) finding: Finding,
+    pub(crate) story: String,
 }
 
 #[derive(Clone, Debug, Default)]
-pub struct Verdict {
-    pub asked: u64,
-    pub granted: u64,
+pub(crate) struct Verdict {
+    pub(crate) asked: u64,
+    pub(crate) granted: u64,
     /// Failed requests, by reason.
-    pub failed: BTreeMap<String, u64>,
+    pub(crate) failed: BTreeMap<String, u64>,
     /// Losses, by reason.
-    pub told: BTreeMap<String, u64>,
-    pub longest_wait: Nanos,
+    pub(crate) told: BTreeMap<String, u64>,
+    pub(crate) longest_wait: Nanos,
     /// By violation and excuse.
-    pub excused: BTreeMap<(&'static str, &'static str), u64>,
-    pub violations: Vec<Violation>,
+    pub(crate) excused: BTreeMap<(&'static str, &'static str), u64>,
+    pub(crate) violations: Vec<Violation>,
     /// Findings that an overloaded machine explains as well as a bug.
-    pub worth_a_look: Vec<Violation>,
+    pub(crate) worth_a_look: Vec<Violation>,
 }
 
 impl Verdict {
-    pub fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         self.asked += other.asked;
         self.granted += other.granted;
         self.longest_wait = self.longest_wait.max(other.longest_wait);
@@ -115,14 +115,14 @@ impl Verdict {
         }
     }
 
-    pub fn count_excused(&self, violation: &str) -> u64 {
+    pub(crate) fn count_excused(&self, violation: &str) -> u64 {
         let of_it = self.excused.iter().filter(|((found, _), _)| *found == violation);
         of_it.map(|(_, count)| count).sum()
     }
 }
 
 /// The lines must be sorted by time.
-pub fn check(lines: &[Line], terms: Terms) -> Verdict {
+pub(crate) fn check(lines: &[Line], terms: Terms) -> Verdict {
     let faults = Faults::of(lines);
     let acquisitions = acquisitions::collect(lines);
     let mut verdict = count(&acquisitions);

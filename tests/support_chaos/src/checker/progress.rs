@@ -2,14 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::super::clock::Nanos;
-use super::super::history::{Event, Line};
 use super::acquisitions::Acquisition;
 use super::faults::Faults;
 use super::{Finding, Terms};
+use crate::clock::Nanos;
+use crate::history::{Event, Line};
 
 /// Checks that requests and releases end.
-pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, findings: &mut Vec<Finding>) {
+pub(super) fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, findings: &mut Vec<Finding>) {
     let mut last_seen: HashMap<&str, Nanos> = HashMap::new();
     let mut has_ended: HashSet<&str> = HashSet::new();
     let end = lines.last().map_or(0, |line| line.at);
@@ -66,7 +66,7 @@ pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, find
 const BEFORE_MAX: usize = 500;
 
 /// Checks that a key with waiters is granted, and not always to others.
-pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+pub(super) fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
     let mut grants: Vec<Nanos> = of_key.iter().filter_map(|one| Some(one.hold()?.at)).collect();
     grants.sort_unstable();
     for acquisition in of_key {

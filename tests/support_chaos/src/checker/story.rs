@@ -2,16 +2,16 @@
 
 use std::fmt::Write;
 
-use super::super::clock::{Nanos, SECOND};
-use super::super::history::{Event, Line};
 use super::Finding;
+use crate::clock::{Nanos, SECOND};
+use crate::history::{Event, Line};
 
 /// Number of lines about the key around the finding, and for how long before it faults are
 /// included.
 const LINES: usize = 24;
 const FAULTS_BEFORE: Nanos = 8 * SECOND;
 
-pub fn tell(finding: &Finding, lines: &[Line]) -> String {
+pub(super) fn tell(finding: &Finding, lines: &[Line]) -> String {
     let (start, key) = (finding.since.min(finding.at), finding.key.as_deref());
     let mut of_key = std::collections::HashSet::new();
     for line in lines {

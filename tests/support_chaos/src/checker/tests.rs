@@ -1,10 +1,10 @@
 //! Handwritten histories: the checker finds each kind of violation, and each excuse applies only
 //! around its fault.
 
-use super::super::clock::{Nanos, SECOND};
-use super::super::faults::Fault;
-use super::super::history::Line;
 use super::{EXCUSES, Terms, Verdict, check};
+use crate::clock::{Nanos, SECOND};
+use crate::faults::Fault;
+use crate::history::Line;
 
 const TERMS: Terms = Terms {
     ttl: SECOND,
@@ -23,7 +23,7 @@ fn history(text: &str) -> Vec<Line> {
         .map(str::trim)
         .filter(|line| !line.is_empty())
         .map(|line| {
-            use super::super::history::Event;
+            use crate::history::Event;
             let mut line = Line::parse(line).unwrap_or_else(|| panic!("{line:?}"));
             line.at = millis(line.at);
             match &mut line.event {

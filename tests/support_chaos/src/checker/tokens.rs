@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use super::Finding;
 use super::acquisitions::{Acquisition, Hold, Outcome};
 
-pub fn check(of_key: &[&Acquisition], findings: &mut Vec<Finding>) {
+pub(super) fn check(of_key: &[&Acquisition], findings: &mut Vec<Finding>) {
     let granted: Vec<(&Acquisition, &Hold)> = of_key.iter().filter_map(|one| Some((*one, one.hold()?))).collect();
     check_unique(&granted, findings);
     check_asked_after(&granted, findings);

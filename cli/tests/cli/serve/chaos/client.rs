@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use support::worker;
+use support_chaos::clock::{Nanos, nanos, now};
+use support_chaos::history::{Event, Journal};
+use support_chaos::worker::{HOME_KEYS, LONG_KEYS, QUICK_KEYS};
 
-use super::clock::{Nanos, nanos, now};
 use super::connection::{Connection, Reply};
-use super::history::{Event, Journal};
-use super::worker::{HOME_KEYS, LONG_KEYS, QUICK_KEYS};
 
-pub const NAME: &str = "chaos client";
+pub(crate) const NAME: &str = "chaos client";
 
 const QUICK_THREADS: usize = 6;
 const HOME_THREADS: usize = 2;
@@ -37,7 +37,7 @@ struct Shared {
 }
 
 /// Runs until it receives `end`.
-pub fn fight(me: &worker::Current) {
+pub(crate) fn fight(me: &worker::Current) {
     let number = |name: &str| -> u64 { me.var(name).parse().expect("a number") };
     let seed = number("SHARDLOCK_TEST_SEED");
     let shared = Arc::new(Shared {

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use support::resp::encoded;
 
 /// A connection with protocol 3.
-pub struct Connection {
+pub(super) struct Connection {
     stream: UnixStream,
     received: Vec<u8>,
 }
 
 /// What the agent sends.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Reply {
+pub(super) enum Reply {
     Int(i64),
     Nil,
     Text(String),
@@ -31,7 +31,7 @@ const SEND_WITHIN: Duration = Duration::from_secs(30);
 
 impl Connection {
     /// Connects, and asks for protocol 3.
-    pub fn open(socket: &Path) -> io::Result<Self> {
+    pub(super) fn open(socket: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_write_timeout(Some(SEND_WITHIN))?;
         let received = Vec::new();
@@ -43,18 +43,18 @@ impl Connection {
         }
     }
 
-    pub fn send(&mut self, words: &[&str]) -> io::Result<()> {
+    pub(super) fn send(&mut self, words: &[&str]) -> io::Result<()> {
         self.stream.write_all(&encoded(words))
     }
 
     /// Ends the connection, and with it its locks.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         // The agent may have closed it already.
         self.stream.shutdown(std::net::Shutdown::Both).ok();
     }
 
     /// The next reply or push message, or `None` if there is none by the deadline.
-    pub fn next(&mut self, deadline: Instant) -> io::Result<Option<Reply>> {
+    pub(super) fn next(&mut self, deadline: Instant) -> io::Result<Option<Reply>> {
         loop {
             if let Some((reply, length)) = parse(&self.received)? {
                 self.received.drain(..length);

@@ -1,214 +1,175 @@
-//! The processes of a round: an agent, its clients, and workers with a manager of their own.
+//! An agent with clients and workers with managers of their own, as what a round attacks.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
-use rustix::process::Signal;
-use support::{PATIENCE, RedisServer, Worker, wait_until, worker};
-use tempfile::TempDir;
+use rand::rngs::SmallRng;
+use support::{ClientType, RedisServer};
+use support_chaos::member::{Processes, end_all};
+use support_chaos::worker::{self, Settings};
+use support_chaos::{Attacked, Fault, Member, Plan, Terms, nanos, some_time};
+use support_locks::lock_keys;
 
-use super::{CLIENT, WORKER};
-use crate::tool::{Ended, Run, bare};
+use super::agent::Agent;
+use super::client;
 
-/// The number of workers with a manager of their own, and of the places of their keys.
-pub const PLACES: usize = 3;
-const WORKERS: usize = 2;
+const TTL: Duration = Duration::from_secs(1);
+
 const CLIENTS: usize = 3;
+const WORKERS: usize = 2;
 
-/// Longer than any hold: an agent that drains ends no lock that is held.
-const DRAIN: &str = "60s";
+/// The names of the clients begin with it.
+const CLIENT_PREFIX: &str = "agent-c";
+/// All clients of the agent.
+const ALL_CLIENTS: &str = "agent-*";
 
-pub struct Crew {
-    history: PathBuf,
-    seed: u64,
-    ttl: Duration,
-    url: String,
-    pub agent: Agent,
+pub(super) struct Crew {
+    server: RedisServer,
+    agent: Agent,
+    processes: Processes,
     clients: Vec<Member>,
     workers: Vec<Member>,
-    /// Number of processes started so far.
-    count: usize,
-}
-
-pub struct Member {
-    pub name: String,
-    pub worker: Worker,
-}
-
-/// The agent, and the socket at which there is always one again.
-pub struct Agent {
-    run: Run,
-    socket: PathBuf,
-    ttl: Duration,
-    url: String,
-    _dir: TempDir,
-}
-
-impl Agent {
-    fn start(server: &RedisServer, ttl: Duration) -> Self {
-        let dir = tempfile::tempdir().expect("make a directory");
-        let socket = dir.path().join("agent.sock");
-        let mut agent = Self {
-            run: launch(&socket, ttl, &server.url()),
-            socket,
-            ttl,
-            url: server.url(),
-            _dir: dir,
-        };
-        agent.wait_until_it_listens();
-        agent
-    }
-
-    fn wait_until_it_listens(&mut self) {
-        wait_until("the agent listens", PATIENCE, || {
-            assert!(self.run.is_running(), "the agent has ended: {}", self.run.stderr());
-            self.run.stderr().contains("listening on")
-        });
-    }
-
-    /// Starts a new one, after this one has ended.
-    pub fn restart(&mut self) {
-        self.run = launch(&self.socket, self.ttl, &self.url);
-        self.wait_until_it_listens();
-    }
-
-    pub fn kill(&mut self) {
-        self.run.kill();
-    }
-
-    pub fn stop(&self) {
-        self.run.signal(Signal::STOP);
-    }
-
-    pub fn cont(&self) {
-        self.run.signal(Signal::CONT);
-    }
-
-    /// SIGTERM. Returns once the agent has ended.
-    pub fn drain(&mut self) -> Ended {
-        self.run.signal(Signal::TERM);
-        self.run.end_within(Duration::from_secs(60))
-    }
-}
-
-fn launch(socket: &Path, ttl: Duration, url: &str) -> Run {
-    let ttl = format!("ttl={}ms", ttl.as_millis());
-    let mut command = bare(&["serve", "--drain", DRAIN, "--set", &ttl, "--shard", url]);
-    command.arg("--socket").arg(socket);
-    Run::start(command)
 }
 
 impl Crew {
-    pub fn start(history: PathBuf, seed: u64, server: &RedisServer, ttl: Duration) -> Self {
+    pub(super) fn start(plan: &Plan<'_>, history: &Path) -> Box<dyn Attacked> {
+        // A killed server forgets nothing that it has answered: it writes before it answers. It
+        // does not wait for the disk: a kill does not need that, and a slow disk costs leases.
+        let server = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "no"]);
         let mut crew = Self {
-            history,
-            seed,
-            ttl,
-            url: server.url(),
-            agent: Agent::start(server, ttl),
+            agent: Agent::start(&server, TTL),
+            server,
+            processes: Processes::new(history, plan.seed, TTL),
             clients: Vec::new(),
             workers: Vec::new(),
-            count: 0,
         };
-        crew.clients = (0..CLIENTS).map(|_| crew.spawn_client()).collect();
-        crew.workers = (0..WORKERS).map(|place| crew.spawn_worker(place)).collect();
-        for member in crew.clients.iter().chain(&crew.workers) {
-            assert_eq!(member.worker.line(), "ready");
-        }
-        crew
-    }
-
-    fn next_seed(&mut self) -> String {
-        self.count += 1;
-        let seed = self.seed.wrapping_mul(100).wrapping_add(self.count as u64);
-        seed.to_string()
-    }
-
-    fn spawn(&self, entry: &str, name: String, more: &[(&str, String)]) -> Member {
-        let ttl = self.ttl.as_millis().to_string();
-        let common = [
-            ("SHARDLOCK_TEST_WHO", name.clone()),
-            ("SHARDLOCK_TEST_TTL", ttl),
-            ("SHARDLOCK_TEST_HISTORY", self.history.display().to_string()),
-        ];
-        let vars: Vec<_> = common
+        crew.clients = (0..CLIENTS).map(|_| crew.start_client()).collect();
+        crew.workers = (0..WORKERS).map(|place| crew.start_worker(place)).collect();
+        crew.clients
             .iter()
-            .chain(more)
-            .map(|(name, value)| (*name, value.as_str()))
-            .collect();
-        let worker = worker::spawn(entry, &vars);
-        Member { name, worker }
+            .chain(&crew.workers)
+            .for_each(Member::wait_until_ready);
+        Box::new(crew)
     }
 
-    fn spawn_client(&mut self) -> Member {
-        let seed = self.next_seed();
-        let name = format!("agent-c{}", self.count);
-        let socket = self.agent.socket.display().to_string();
-        let more = [("SHARDLOCK_TEST_SEED", seed), ("SHARDLOCK_TEST_SOCKET", socket)];
-        self.spawn(CLIENT, name, &more)
+    fn start_client(&mut self) -> Member {
+        let socket = self.agent.socket().display().to_string();
+        self.processes
+            .start(client::NAME, CLIENT_PREFIX, &[("SHARDLOCK_TEST_SOCKET", socket)])
     }
 
-    fn spawn_worker(&mut self, place: usize) -> Member {
-        let seed = self.next_seed();
-        let name = format!("w{}", self.count);
-        let renew = if self.seed.is_multiple_of(4) { "0.1" } else { "0.4" };
-        let more = [
-            ("SHARDLOCK_TEST_SEED", seed),
-            ("SHARDLOCK_TEST_PLACE", place.to_string()),
-            ("SHARDLOCK_TEST_RENEW", renew.to_owned()),
-            ("SHARDLOCK_TEST_URL", self.url.clone()),
-            ("SHARDLOCK_TEST_LONGEST_TTL", self.ttl.as_millis().to_string()),
-            ("SHARDLOCK_TEST_REPLICAS", "0".to_owned()),
-        ];
-        self.spawn(WORKER, name, &more)
-    }
-
-    pub fn client(&mut self, number: usize) -> &mut Member {
-        let index = number % self.clients.len();
-        &mut self.clients[index]
-    }
-
-    pub fn worker(&mut self, number: usize) -> &mut Member {
-        let index = number % self.workers.len();
-        &mut self.workers[index]
-    }
-
-    /// Kills a client with SIGKILL and starts a new one.
-    pub fn replace_client(&mut self, number: usize) {
-        self.client(number).worker.kill();
-        let member = self.spawn_client();
-        assert_eq!(member.worker.line(), "ready");
-        *self.client(number) = member;
-    }
-
-    pub fn replace_worker(&mut self, number: usize) {
-        let place = number % self.workers.len();
-        self.worker(number).worker.kill();
-        let member = self.spawn_worker(place);
-        assert_eq!(member.worker.line(), "ready");
-        *self.worker(number) = member;
-    }
-
-    /// Asks all to finish, and returns the names of those that do not finish in time.
-    pub fn end(mut self, within: Duration) -> Vec<String> {
-        let mut members: Vec<Member> = self.clients.drain(..).chain(self.workers.drain(..)).collect();
-        for member in &mut members {
-            member.worker.send("end");
-        }
-        let look = Duration::from_millis(50);
-        // Count polls instead of measuring time, because time during which the machine is stalled
-        // must not count.
-        let looks = within.as_millis() / look.as_millis();
-        let ended = |member: &Member| {
-            let mut said = (0..looks).map(|_| member.worker.line_within(look));
-            said.find_map(|line| line).as_deref() == Some("ended")
+    fn start_worker(&mut self, place: usize) -> Member {
+        let settings = Settings {
+            place,
+            url: self.server.url(),
+            longest_ttl: TTL,
+            replicas_acked: 0,
         };
-        let late = members.iter().filter(|member| !ended(member));
-        let mut late: Vec<String> = late.map(|member| member.name.clone()).collect();
+        worker::start(&mut self.processes, settings)
+    }
+}
+
+impl Attacked for Crew {
+    fn terms(&self) -> Terms {
+        Terms {
+            ttl: nanos(TTL),
+            is_confirmed: false,
+        }
+    }
+
+    /// What happens to the agent, to its clients, to others and to the server.
+    fn faults(&self) -> &'static [Fault] {
+        &[
+            Fault::KillClient,
+            Fault::StopClient,
+            Fault::KillAgent,
+            Fault::DrainAgent,
+            Fault::StopAgent,
+            Fault::KillWorker,
+            Fault::StopWorker,
+            Fault::BlockRuntime,
+            Fault::HungServer,
+            Fault::RestartServer,
+            Fault::CutConnections,
+            Fault::CutSubscriptions,
+        ]
+    }
+
+    fn choices(&self) -> usize {
+        CLIENTS * WORKERS
+    }
+
+    fn victim(&self, fault: Fault, choice: usize) -> String {
+        match fault {
+            Fault::KillClient | Fault::StopClient => self.clients[choice % CLIENTS].name.clone(),
+            Fault::KillWorker | Fault::StopWorker | Fault::BlockRuntime => self.workers[choice % WORKERS].name.clone(),
+            Fault::KillAgent | Fault::DrainAgent | Fault::StopAgent => ALL_CLIENTS.to_owned(),
+            _ => "-".to_owned(),
+        }
+    }
+
+    fn strike(&mut self, fault: Fault, choice: usize, rng: &mut SmallRng) {
+        let longer_than_a_lease = 3 * TTL.as_millis() as u64;
+        let (client, worker) = (choice % CLIENTS, choice % WORKERS);
+        match fault {
+            Fault::KillClient => {
+                self.clients[client].worker.kill();
+                let member = self.start_client();
+                member.wait_until_ready();
+                self.clients[client] = member;
+            }
+            Fault::StopClient => self.clients[client].stop_for(some_time(rng, 50, longer_than_a_lease)),
+            Fault::KillAgent => {
+                self.agent.kill();
+                thread::sleep(some_time(rng, 10, longer_than_a_lease));
+                self.agent.restart();
+            }
+            Fault::DrainAgent => {
+                let ended = self.agent.drain();
+                assert_eq!(ended.code, 0, "the agent has not released everything: {}", ended.stderr);
+                self.agent.restart();
+            }
+            Fault::StopAgent => {
+                self.agent.stop();
+                thread::sleep(some_time(rng, 50, longer_than_a_lease));
+                self.agent.cont();
+            }
+            Fault::KillWorker => {
+                self.workers[worker].worker.kill();
+                let member = self.start_worker(worker);
+                member.wait_until_ready();
+                self.workers[worker] = member;
+            }
+            Fault::StopWorker => self.workers[worker].stop_for(some_time(rng, 50, longer_than_a_lease)),
+            Fault::BlockRuntime => self.workers[worker].block_for(some_time(rng, 50, longer_than_a_lease)),
+            Fault::HungServer => {
+                self.server.stop();
+                thread::sleep(some_time(rng, 100, 4_000));
+                self.server.cont();
+            }
+            Fault::RestartServer => {
+                self.server.kill();
+                thread::sleep(some_time(rng, 10, 1_500));
+                self.server.restart();
+            }
+            Fault::CutConnections => drop(self.server.client_kill(ClientType::Normal)),
+            Fault::CutSubscriptions => drop(self.server.client_kill(ClientType::PubSub)),
+            other => panic!("not of an agent: {other:?}"),
+        }
+    }
+
+    fn end(&mut self, within: Duration) -> Vec<String> {
+        let mut members: Vec<Member> = self.clients.drain(..).chain(self.workers.drain(..)).collect();
+        let mut late = end_all(&mut members, within);
         let ended = self.agent.drain();
         if ended.code != 0 {
             late.push(format!("the agent ended with {}: {}", ended.code, ended.stderr));
         }
         late
+    }
+
+    fn left(&self) -> Vec<String> {
+        lock_keys(&self.server)
     }
 }
