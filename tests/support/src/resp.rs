@@ -4,11 +4,13 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use redis::{Parser, Value};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::wait::PATIENCE;
 
@@ -118,6 +120,18 @@ impl RespClient {
     pub fn reply(&mut self) -> Value {
         let reply = self.parser.parse_value(&self.stream);
         reply.unwrap_or_else(|error| panic!("no reply: {error}"))
+    }
+
+    /// Whether something that was not read yet has arrived. There must be no push messages.
+    #[track_caller]
+    pub fn has_reply(&self) -> bool {
+        let now = Timespec::default();
+        let stream: &dyn AsFd = match &self.stream {
+            Stream::Unix(stream) => stream,
+            Stream::Tcp(stream) => stream,
+        };
+        let mut wanted = [PollFd::new(&stream, PollFlags::IN)];
+        poll(&mut wanted, Some(&now)).expect("look at the connection") > 0
     }
 
     /// Sends a command and returns its reply.

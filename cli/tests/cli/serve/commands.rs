@@ -97,6 +97,27 @@ fn the_next_one_gets_the_lock_when_it_is_released() {
     assert!(matches!(other.reply(), Value::Int(next) if next > token));
 }
 
+/// Nobody works until the next holder knows. If the agent replied to the UNLOCK first, the process
+/// that sent it would take the processor from the one that has to enter.
+#[test]
+fn the_next_one_is_told_before_the_one_that_released() {
+    let server = RedisServer::start();
+    let agent = Agent::with(&server, &["--threads", "1"]);
+    let (mut holder, mut next) = (agent.connect(), agent.connect());
+    let mut token = holder.integer(&["LOCK", "k"]);
+    for _ in 0..20 {
+        next.send(&["LOCK", "k"]);
+        agent.wait_until_waiting(1);
+        assert_eq!(holder.integer(&["UNLOCK", "k", &token.to_string()]), 1);
+        assert!(next.has_reply());
+        let Value::Int(granted) = next.reply() else {
+            panic!("no token")
+        };
+        token = granted;
+        std::mem::swap(&mut holder, &mut next);
+    }
+}
+
 #[test]
 fn all_modes_of_a_lock_are_served() {
     let server = RedisServer::start();
