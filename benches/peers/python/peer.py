@@ -172,7 +172,10 @@ class Work:
                     return
             entered = now()
             tally.waited(min(entered, end))
-            if hold:
+            if hold and self.in_threads:
+                # asyncio rounds up to whole milliseconds.
+                time.sleep(hold)
+            elif hold:
                 await asyncio.sleep(hold)
             left = now()
             try:
