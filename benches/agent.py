@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures what `shardlock bench --agent` cannot: how soon the next worker enters when the holder
-is killed, what connections cost, and the shares of workers of two agents. Needs only Python 3.9
-and a Redis server:
+is killed, what connections cost, the shares of workers of two agents, and how many locks workers
+with a blocking socket take. Needs only Python 3.9 and a Redis server:
 
     cargo build --release --package shardlock-cli
     benches/agent.py target/release/shardlock $(scripts/ensure-server)
@@ -25,6 +25,7 @@ IDLE, WAITING = 10_000, 1_000
 NEW_CLIENTS = 1_000
 WORKERS_OF_TWO_AGENTS = [(20, 20), (40, 1)]
 HOLD, SHARES_OVER = 0.005, 30
+PROCESSES, CONVOY_OVER = 40, 5
 
 
 class Client:
@@ -113,6 +114,37 @@ def kills(path):
     return {"kills": KILLS, "next_worker_ms": percentiles(took)}
 
 
+def convoy(path, shardlock, shard):
+    """The locks of processes that compete for one key without a hold: of workers with a blocking
+    socket to the agent, as most client libraries have, and with a manager in each instead.
+    """
+    counts, begin = os.pipe(), time.monotonic() + 1
+    for _ in range(PROCESSES):
+        if os.fork() == 0:
+            client, locks = Client(path), 0
+            time.sleep(max(0, begin - time.monotonic()))
+            while time.monotonic() < begin + CONVOY_OVER:
+                token = client.token("LOCK convoy")
+                client.token(f"UNLOCK convoy {token}")
+                locks += 1
+            os.write(counts[1], locks.to_bytes(8, "big"))
+            os._exit(0)
+    locks = [int.from_bytes(os.read(counts[0], 8), "big") for _ in range(PROCESSES)]
+    for _ in range(PROCESSES):
+        os.wait()
+    command = [shardlock, "bench", "--json", "--shard", shard, "--processes", str(PROCESSES), "--tasks", "1"]
+    command += ["--duration", f"{CONVOY_OVER}s"]
+    managers = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    each = round(sum(locks) / CONVOY_OVER)
+    return {
+        "processes": PROCESSES,
+        "locks_per_s": each,
+        "locks_of_a_worker": {"min": min(locks), "max": max(locks)},
+        "locks_per_s_with_a_manager_in_each": round(managers["locks_per_s"]),
+        "ratio": round(each / managers["locks_per_s"], 2),
+    }
+
+
 def connections(path, pid):
     """The memory of idle and of waiting connections, and the time to a lock beside them."""
     observer = Client(path)
@@ -194,7 +226,8 @@ def main():
         server = subprocess.Popen([redis, "--port", port, "--bind", "127.0.0.1", "--save", ""], cwd=folder, **quiet)
         paths = [f"{folder}/agent-{number}.sock" for number in (1, 2)]
         most = str(IDLE + WAITING + 100)
-        options = ["--shard", f"redis://127.0.0.1:{port}", "--max-connections", most]
+        shard = f"redis://127.0.0.1:{port}"
+        options = ["--shard", shard, "--max-connections", most]
         agents = [None, None]
         try:
             deadline = time.monotonic() + 20
@@ -207,6 +240,7 @@ def main():
                     raise SystemExit("the agents do not start")
                 time.sleep(0.1)
             print(json.dumps(kills(paths[0])), flush=True)
+            print(json.dumps(convoy(paths[0], shardlock, shard)), flush=True)
             for workers in WORKERS_OF_TWO_AGENTS:
                 print(json.dumps(shares(paths, workers)), flush=True)
             print(json.dumps(connections(paths[0], agents[0].pid)), flush=True)
