@@ -1,0 +1,174 @@
+//! Exclusive leases, their queue and their counter.
+
+use super::*;
+
+/// While a cluster slot is being moved, a lease is renewed by a script with only its own key, under
+/// the same rules.
+#[test]
+fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
+    let bench = Bench::new();
+    let me = owner_tag(1, 2);
+    for (left, ttl, expected) in [
+        (Some(100_000), 300_000, 300_000),
+        (Some(300_000), 100_000, 300_000),
+        (None, 100_000, 100_000),
+    ] {
+        bench.own(&me, left);
+        assert_eq!(bench.renew_alone(&me, ttl), [1]);
+        assert_eq!(bench.owner().as_ref(), Some(&me));
+        bench.assert_left("lease", expected);
+    }
+    // Another cycle of the same manager is a different owner.
+    for other in [owner_tag(1, 4), owner_tag(2, 2)] {
+        bench.own(&other, Some(100_000));
+        assert_eq!(bench.renew_alone(&me, 300_000), [0]);
+        assert_eq!(bench.owner().as_ref(), Some(&other));
+        bench.assert_left("lease", 100_000);
+    }
+    bench.server.command(&["DEL", "lease"]);
+    assert_eq!(bench.renew_alone(&me, 300_000), [0]);
+    assert_eq!(bench.owner(), None, "a renewal takes nothing");
+    // A key of a wrong type is not ours.
+    bench.server.command(&["LPUSH", "lease", "value"]);
+    assert_eq!(bench.renew_alone(&me, 300_000), [0]);
+}
+
+/// If an operator removes a permission, held locks must not be reported as lost at once; they are
+/// lost when they expire.
+#[test]
+fn renewal_that_may_not_see_the_owner_is_an_error_and_no_loss() {
+    let bench = Bench::new();
+    let me = owner_tag(1, 2);
+    bench.own(&me, Some(100_000));
+    bench.server.command(&[
+        "ACL", "SETUSER", "default", "-get", "+eval", "+pttl", "+pexpire", "+exists",
+    ]);
+    let renew = |script: &str, keys: &[&str]| {
+        let count = keys.len().to_string();
+        let words = [&["EVAL", script, &count], keys, &[&me, "300000"]].concat();
+        bench.server.try_query::<Value>(&words)
+    };
+    assert!(renew(bench.scripts.renew_alone.text(), &["lease"]).is_err());
+    assert!(renew(bench.scripts.renew.text(), &["lease", "queue"]).is_err());
+}
+
+/// If all waiters die, no client ever removes their queue entries. The server does, a minute after
+/// the owner's lease has expired. While a cycle waits, each of its requests postpones that.
+#[test]
+fn queue_of_waiters_ends_a_minute_after_the_lease() {
+    let bench = Bench::new();
+    for ttl in [Some(100_000), Some(300_000), None] {
+        bench.server.command(&["DEL", "queue"]);
+        bench.own(&owner_tag(1, 2), ttl);
+        assert_eq!(bench.join(&owner_tag(2, 2))[0], 2);
+        bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
+        // The next request renews a queue that is about to expire.
+        bench.server.command(&["PEXPIRE", "queue", "1000"]);
+        assert_eq!(bench.join(&owner_tag(2, 2))[0], 2);
+        bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
+    }
+}
+
+/// The lease is passed on to the head, and the previous owner waits behind: the queue is kept for
+/// the new lease.
+#[test]
+fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
+    let bench = Bench::new();
+    bench.own(&owner_tag(1, 2), Some(300_000));
+    bench.join(&owner_tag(2, 3));
+    bench.join(&owner_tag(3, 3));
+    let args = [&owner_tag(1, 2), "1", "0", "inbox:", "key", &owner_tag(1, 5)];
+    let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
+    assert_eq!(reply[..2], [1, 2], "the previous owner waits");
+    assert_eq!(bench.owner(), Some(owner_tag(2, 3)));
+    // The next owner's inbox has no subscriber, so its lease stays short until it asks.
+    bench.assert_left("lease", 1_000);
+    bench.assert_left("queue", 61_000);
+}
+
+/// The owner has died, and so has the one ahead, whose inbox is gone: it is skipped. The one that
+/// asks has the lease with the reply, for as long as it asked for, and those behind it keep waiting.
+#[test]
+fn request_behind_dead_waiters_has_the_lease_with_the_reply() {
+    let bench = Bench::new();
+    let (dead, me, behind) = (owner_tag(1, 2), owner_tag(2, 2), owner_tag(3, 2));
+    for in_any_mode in [false, true] {
+        bench.server.command(&["DEL", "lease", "queue"]);
+        // A whole number: its inbox was subscribed.
+        bench
+            .server
+            .command(&["ZADD", "queue", "1", &dead, "2.5", &me, "3.5", &behind]);
+        let reply = if in_any_mode {
+            bench.acquire_in_mode(&me, 300_000, "join")
+        } else {
+            bench.acquire(&me, 300_000, "join")
+        };
+        assert_eq!(reply, [1, bench.counter() as i64, 1, 0]);
+        assert_eq!(bench.state().0.as_ref(), Some(&me));
+        assert_eq!(bench.state().1, [behind.as_str(), "3.5"]);
+        bench.assert_left("lease", 300_000);
+    }
+}
+
+/// A promoted replica may lack the latest numbers, and no client can detect that. So the counter of
+/// a cluster is never below the time of the server.
+#[test]
+fn counter_of_a_cluster_follows_the_clock_of_the_server() {
+    let bench = Bench::new();
+    let scripts = Scripts::for_a_cluster("lock:");
+    let clock = || {
+        let time: Vec<u64> = bench.server.query(&["TIME"]);
+        ((time[0] - 1_735_689_600) * 8_000_000 + time[1] * 8, time[1])
+    };
+    let keys = ["lease", "queue", "counter"];
+    // Late in a second, so that the part below a second matters.
+    loop {
+        let (before, _) = clock();
+        bench.server.command(&["DEL", "lease", "counter"]);
+        let args = [&owner_tag(1, 2), "100000", "1", "0", "join", "inbox:", "key"];
+        let reply: Vec<u64> = bench.call(scripts.acquire.text(), &keys, &args);
+        let (after, micros) = clock();
+        assert_eq!(reply[0], 1);
+        assert!(
+            (before + 1..=after + 1).contains(&reply[1]),
+            "{before} {reply:?} {after}"
+        );
+        if micros > 500_000 {
+            break;
+        }
+    }
+    // Nor does it go back to that time.
+    let later = clock().0 + 1_000_000_000;
+    bench.server.command(&["DEL", "lease"]);
+    bench.server.command(&["SET", "counter", &later.to_string()]);
+    let args = [&owner_tag(1, 2), "100000", "1", "0", "join", "inbox:", "key"];
+    let reply: Vec<u64> = bench.call(scripts.acquire.text(), &keys, &args);
+    assert_eq!(reply[1], later + 1);
+}
+
+/// A lease without an end, which only an administrator can have made so, gets one as well.
+#[test]
+fn retired_lease_ends_with_the_rest_of_its_time_or_earlier() {
+    let bench = Bench::new();
+    let (me, retired) = (owner_tag(1, 2), owner_tag(1, 1));
+    let retire = |rest: &str| -> u64 {
+        let args = [&me, &retired, rest, "inbox:", "key"];
+        bench.call(bench.scripts.retire.text(), &["lease", "queue", "counter"], &args)
+    };
+    for (left, rest, expected) in [
+        (Some(300_000), "100000", 100_000),
+        (Some(100_000), "300000", 100_000),
+        (None, "100000", 100_000),
+    ] {
+        bench.own(&me, left);
+        assert_eq!(retire(rest), 1);
+        assert_eq!(bench.owner().as_ref(), Some(&retired));
+        bench.assert_left("lease", expected);
+    }
+    // It is no longer the cycle's.
+    assert_eq!(retire("1"), 0);
+    let args = [&me, "1", "0", "inbox:", "key", ""];
+    let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
+    assert_eq!(reply, [0]);
+    bench.assert_left("lease", 100_000);
+}
