@@ -1,12 +1,12 @@
 //! The timer for holds.
 //!
 //! tokio's timers count whole milliseconds and round up: a sleep of 5 ms takes 6.1 ms. Workers in
-//! other languages hold their locks for as long as they are told to, and the comparison with them
-//! would suffer. So a hold uses a timer of the kernel where there is one.
+//! other languages hold their locks for as long as requested, and the comparison with them would
+//! suffer. So a hold uses a timer of the kernel where there is one.
 
 use std::time::Duration;
 
-/// Sleeps for as long as it is told to. A task has one of its own.
+/// Sleeps for as long as requested. A task has one of its own.
 #[derive(Debug, Default)]
 pub(super) struct HoldTimer {
     /// Created for the first hold.

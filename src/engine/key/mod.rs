@@ -27,9 +27,10 @@
 //!
 //! At most one request for the key is in flight at any time. Renewals by the watchdog do not count:
 //! they only extend what is already ours. The caller reports the reply, or the lack of one, as a
-//! [`StoreEvent`]. If a request fails because the store is unreachable, it is retried while any waiter tolerates
-//! the outage (see `outage`). After a missing reply the store may still know cycles that are over.
-//! These are *abandoned*: released in the background until the store confirms.
+//! [`StoreEvent`]. If a request fails because the store is unreachable, it is retried while any
+//! waiter tolerates the outage (see `outage`). After a missing reply the store may still know
+//! cycles that are over. These are *abandoned*: released in the background until the store
+//! confirms.
 //!
 //! With `min_hold`, nobody gets the key before that time has passed since the grant, not even a
 //! local waiter. So a guard that is dropped earlier ends the hold: the lease is released, and stays

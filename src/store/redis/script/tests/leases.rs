@@ -87,7 +87,7 @@ fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
 }
 
 /// The owner has died, and so has the one ahead, whose inbox is gone: it is skipped. The one that
-/// asks has the lease with the reply, for as long as it asked for, and those behind it keep waiting.
+/// asks has the lease with the reply, with the TTL of its request, and those behind keep waiting.
 #[test]
 fn request_behind_dead_waiters_has_the_lease_with_the_reply() {
     let bench = Bench::new();

@@ -166,6 +166,19 @@ fn scripts_of_exclusive_cycles_leave_other_modes_as_they_were() {
     assert_eq!(bench.state(), before);
 }
 
+/// The script for all modes may find that the lease has come to the exclusive cycle meanwhile.
+#[test]
+fn exclusive_owner_is_extended_and_never_shortened() {
+    let bench = Bench::new();
+    let me = owner_tag(1, 2);
+    for (left, ttl, expected) in [(100_000, 300_000, 300_000), (300_000, 100_000, 300_000)] {
+        bench.own(&me, Some(left));
+        assert_eq!(bench.acquire_in_mode(&me, ttl, "join"), [1, bench.counter() as i64, 0, 1]);
+        assert_eq!(bench.owner().as_ref(), Some(&me));
+        bench.assert_left("lease", expected);
+    }
+}
+
 /// If a waiter's wait lasts until the first of several leases ends, the queue must still be there.
 #[test]
 fn queue_behind_holders_ends_a_minute_after_the_first_lease() {
