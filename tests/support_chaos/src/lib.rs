@@ -3,9 +3,9 @@
 //!
 //! A test says what is attacked: the servers, the processes and their faults ([`Attacked`]). A
 //! round draws faults from a seed and injects them ([`Plan`]), and a campaign runs rounds for as
-//! long as asked ([`campaign`]). Each process writes a history ([`history`]); [`worker`] is one with
-//! a manager of its own. Finally the checker reads the histories. It knows the documented guarantees
-//! and exclusions, and nothing about the implementation.
+//! long as asked ([`campaign`]). Each process writes a history ([`history`]); [`worker`] is one
+//! with a manager of its own. Finally the checker reads the histories. It knows the documented
+//! guarantees and exclusions, and nothing about the implementation.
 
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
