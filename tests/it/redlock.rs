@@ -397,9 +397,11 @@ impl Ledger {
 async fn nobody_beside_a_writer_and_no_old_token_while_nodes_come_and_go() {
     let quorum = Arc::new(Quorum::start(5));
     let (ledger, over) = (Arc::new(Ledger::default()), Arc::new(AtomicBool::new(false)));
+    // Kept until nothing is left: a manager that is dropped no longer cleans up on a node that was
+    // away.
+    let managers = [connect(&quorum).await, connect(&quorum).await, connect(&quorum).await];
     let mut workers = JoinSet::new();
-    for manager in 0..3 {
-        let locks = connect(&quorum).await;
+    for (manager, locks) in managers.iter().enumerate() {
         for task in 0..4 {
             let (locks, ledger, over) = (locks.clone(), Arc::clone(&ledger), Arc::clone(&over));
             workers.spawn(async move {
