@@ -87,6 +87,11 @@ impl LockGuard {
         }
     }
 
+    /// Lets the lock end with the guard, whatever its `min_hold`: nothing has happened under it.
+    pub(crate) fn forgo_min_hold(&self) {
+        self.entry.shard.manager.min_holds.forget(self.lease.cycle);
+    }
+
     /// Opens the span that lasts as long as the guard, as a child of the current one. Nothing is
     /// formatted unless a subscriber is interested in that level.
     pub(crate) fn open_span(&mut self) {

@@ -257,11 +257,11 @@ impl LockAllRequest {
             // The template has the reason.
             return self.template.await.map(|_| None);
         }
-        let mut guards = Vec::with_capacity(self.keys.len());
+        let mut acquired = Acquired(Vec::with_capacity(self.keys.len()));
         let mut losses = 0;
         loop {
             let next = async {
-                let Some(key) = self.keys.get(guards.len()) else {
+                let Some(key) = self.keys.get(acquired.0.len()) else {
                     return Ok(None);
                 };
                 let left = limit.map(|limit| limit.saturating_sub(started.elapsed()));
@@ -273,18 +273,18 @@ impl LockAllRequest {
             };
             let lost = tokio::select! {
                 biased;
-                lost = first_loss(&guards) => Some(lost),
+                lost = first_loss(&acquired.0) => Some(lost),
                 next = next => match next.map_err(|error| error.of_several(started.elapsed(), limit))? {
                     Some(Some(guard)) => {
-                        guards.push(guard);
+                        acquired.0.push(guard);
                         None
                     }
                     Some(None) => return Ok(None),
                     // All keys are held. A lock that expired during a pause may not have been
                     // reported as lost yet.
-                    None => match guards.iter().position(|guard| !guard.is_valid()) {
-                        Some(index) => Some((index, guards[index].lost().await)),
-                        None => return Ok(Some(LockAllGuard { guards })),
+                    None => match acquired.0.iter().position(|guard| !guard.is_valid()) {
+                        Some(index) => Some((index, acquired.0[index].lost().await)),
+                        None => return Ok(Some(acquired.complete())),
                     },
                 },
             };
@@ -292,11 +292,36 @@ impl LockAllRequest {
                 losses += 1;
                 match reason {
                     LossReason::Closed => return Err(Failure::Closed.into()),
-                    LossReason::Expired | LossReason::Taken if losses <= LOSSES_MAX => guards.truncate(index),
-                    _ => return Err(guards[index].lost_error(reason)),
+                    LossReason::Expired | LossReason::Taken if losses <= LOSSES_MAX => acquired.keep_first(index),
+                    _ => return Err(acquired.0[index].lost_error(reason)),
                 }
             }
         }
+    }
+}
+
+/// Locks that wait for the others. If they are given up, nothing has happened under them, so their
+/// keys are free at once, whatever their `min_hold`.
+struct Acquired(Vec<LockGuard>);
+
+impl Acquired {
+    /// Gives up all but the first ones.
+    fn keep_first(&mut self, count: usize) {
+        for guard in self.0.drain(count..) {
+            guard.forgo_min_hold();
+        }
+    }
+
+    fn complete(mut self) -> LockAllGuard {
+        LockAllGuard {
+            guards: std::mem::take(&mut self.0),
+        }
+    }
+}
+
+impl Drop for Acquired {
+    fn drop(&mut self) {
+        self.keep_first(0);
     }
 }
 

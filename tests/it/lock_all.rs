@@ -39,6 +39,37 @@ async fn is_free(locks: &LockManager, key: &str) {
 on_each_store! {
     on(memory redis);
 
+    /// A job with `min_hold` that could not start must not lock out the one that can.
+    async fn keys_of_a_request_that_failed_are_free_whatever_their_min_hold(store: &TestStore) {
+        let [first, second] = in_order(["a", "b"]);
+        let long = Duration::from_secs(600);
+        let locks = store.builder().min_hold(long).connect().await.expect("connect");
+        let other = store.manager().await;
+        let taken = lock(&other, second).await;
+        assert!(locks.try_lock_all([first, second]).await.expect("try").is_none());
+        is_free(&other, first).await;
+        let limited = locks.lock_all([first, second]).timeout(Duration::from_millis(50));
+        assert!(limited.await.expect_err("the other key is held").is_timeout());
+        is_free(&other, first).await;
+        let mut dropped = locks.lock_all([first, second]).into_future();
+        until("the first key is held", async || {
+            assert!(poll_once(&mut dropped).is_none());
+            is_held(&other, first).await
+        })
+        .await;
+        drop(dropped);
+        is_free(&other, first).await;
+        taken.release().await.expect("release");
+        // Once all of them are held, it applies.
+        soon("the locks", locks.lock_all([first, second]).into_future())
+            .await
+            .expect("lock")
+            .release()
+            .await
+            .expect("release");
+        assert!(is_held(&other, first).await && is_held(&other, second).await);
+    }
+
     async fn several_keys_are_held_in_a_mode_together(store: &TestStore) {
         let (locks, other) = (store.manager().await, store.manager().await);
         let one = locks.lock_all(["a", "b"]).shared().await.expect("shared locks");

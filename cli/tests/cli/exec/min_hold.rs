@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use support::{PATIENCE, RedisServer, wait_until};
 
-use crate::tool::{Notes, Run, is_held, run, tool};
+use crate::tool::{Holder, Notes, Run, is_held, run, tool};
 
 /// Longer than the part of a test in which the key must be locked.
 const LONG: &str = "5m";
@@ -36,6 +36,19 @@ fn three_hosts_run_a_short_job_once() {
     assert_eq!(codes, [0, 1, 1]);
     assert_eq!(fs::read_to_string(notes.path("log")).unwrap(), "ran\n");
     assert!(is_held(&server, "k"));
+}
+
+#[test]
+fn job_that_could_not_start_leaves_its_other_keys_free() {
+    let server = RedisServer::start();
+    for (one, other) in [("a", "b"), ("b", "a")] {
+        let holder = Holder::of(&server, one);
+        let args = ["exec", "-n", "--min-hold", LONG, "-k", "a", "-k", "b", "--", "true"];
+        assert_eq!(run(tool(&server, &args)).code, 1);
+        wait_until("the other key is free", PATIENCE, || !is_held(&server, other));
+        holder.go();
+        wait_until("the key is free", PATIENCE, || !is_held(&server, one));
+    }
 }
 
 #[test]
