@@ -20,7 +20,7 @@ use deadpool_redis::redis::{
 use shardlock::LockKey;
 use shardlock::tool::printable;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::agent_locks::{AgentLocks, HeldKey, Loss, next_loss};
 use super::{Args, Permits};
@@ -33,6 +33,12 @@ const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// How often an attempt is repeated because a lock was lost while a later one was waited for, as
 /// often as a manager repeats it.
 const LOSSES_MAX: u32 = 16;
+
+/// How long after the time to wait the agent's answer is waited for. An agent that is stopped
+/// answers nothing.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+/// The same if nothing is waited for: the agent may have to ask the shard.
+const TRY_LIMIT: Duration = Duration::from_secs(5);
 
 /// The environment variables with the password of the agent, or with its file.
 pub(super) const PASSWORD_VARIABLE: &str = "SHARDLOCK_AGENT_PASSWORD";
@@ -62,6 +68,12 @@ impl AgentRequest {
     pub(super) fn new(socket: &Path, args: &Args, keys: &[LockKey]) -> Result<Self, Failure> {
         let mut keys = keys.to_vec();
         keys.sort_by(|one, other| (one.slot(), one).cmp(&(other.slot(), other)));
+        if args.min_hold.is_some() && keys.len() > 1 {
+            return Err(Failure::usage(anyhow!(
+                "--min-hold with several keys is not possible with --agent: an agent locks one key after the other, \
+                 and those that were locked would stay locked if a later one is not free; use --shard, or one key"
+            )));
+        }
         let mut options = Vec::new();
         for (name, option, value) in [
             ("TTL", "--ttl", &args.ttl),
@@ -106,14 +118,25 @@ impl AgentRequest {
     pub(super) async fn acquire(&self) -> Result<Option<AgentLocks>, Failure> {
         const PAUSE_MIN: Duration = Duration::from_millis(20);
         const PAUSE_MAX: Duration = Duration::from_secs(1);
+        let started = Instant::now();
         let deadline = match self.wait {
-            Wait::AtMost(limit) => Some(Instant::now() + limit),
+            Wait::AtMost(limit) => Some(started + limit),
             Wait::Default | Wait::No => None,
+        };
+        let give_up = match self.wait {
+            Wait::AtMost(limit) => Some(started + limit + ANSWER_LIMIT),
+            Wait::No => Some(started + TRY_LIMIT),
+            Wait::Default => None,
         };
         let mut bound = PAUSE_MIN;
         let mut losses = 0;
         loop {
-            let error = match self.try_once(deadline).await {
+            let attempt = self.try_once(deadline);
+            let attempt = match give_up {
+                Some(give_up) => timeout_at(give_up, attempt).await.unwrap_or(Err(AttemptError::Silent)),
+                None => attempt.await,
+            };
+            let error = match attempt {
                 Ok(acquired) => return Ok(acquired),
                 Err(error) => error,
             };
@@ -121,6 +144,7 @@ impl AgentRequest {
             let is_in_time = deadline.is_some_and(|deadline| Instant::now() + pause < deadline);
             let again = match &error {
                 AttemptError::Agent(error) => is_temporary(error) && is_in_time,
+                AttemptError::Silent => false,
                 AttemptError::Lost {
                     may_be_locked_again, ..
                 } => {
@@ -193,6 +217,10 @@ impl AgentRequest {
         let socket = self.socket.display();
         let (code, what) = match error {
             AttemptError::Lost { what, .. } => (exit::UNAVAILABLE, what.clone()),
+            AttemptError::Silent => (
+                exit::UNAVAILABLE,
+                "it does not answer; look whether it is stopped or overloaded".to_owned(),
+            ),
             AttemptError::Agent(error) if asks_for_password(error) && self.password.is_none() => (
                 exit::CONFIG,
                 format!("it asks for a password; give --agent-password-file FILE, or set {PASSWORD_VARIABLE}"),
@@ -216,6 +244,8 @@ impl AgentRequest {
 #[derive(Debug)]
 enum AttemptError {
     Agent(RedisError),
+    /// The agent has not answered in time.
+    Silent,
     /// A lock was lost while a later one was waited for.
     Lost {
         what: String,

@@ -177,6 +177,8 @@ fn of_each(locks: &[HeldKey], command: &str) -> Pipeline {
 /// The answer to the question for the validity.
 #[derive(Debug, Clone, Copy)]
 struct Validity {
+    /// Whether all locks were still held.
+    is_held: bool,
     /// Until when all locks are certainly held.
     valid_until: Instant,
     /// The lock that ends first.
@@ -190,6 +192,7 @@ async fn ask(connection: &mut MultiplexedConnection, locks: &[HeldKey]) -> Redis
     let least = left.iter().enumerate().min_by_key(|(_, left)| **left);
     let (first, left) = least.map_or((0, 0), |(index, left)| (index, *left));
     Ok(Validity {
+        is_held: left > 0,
         valid_until: asked + Duration::from_millis(left),
         first,
     })
@@ -234,10 +237,13 @@ async fn keep_asking(
         }
         sleep((left / 3).max(ASK_EVERY_MIN).min(left)).await;
         match timeout_at(known.valid_until, ask(connection, locks)).await {
-            Ok(Ok(now)) => {
+            Ok(Ok(now)) if !now.is_held => return Loss::not_held(now.first),
+            // An answer that comes late may say less than the one before it, which still holds.
+            Ok(Ok(now)) if now.valid_until > known.valid_until => {
                 known = now;
                 validity.send_replace(now.valid_until);
             }
+            Ok(Ok(_)) => {}
             Ok(Err(_)) => return CONNECTION_ENDED,
             Err(_) => return NO_ANSWER,
         }

@@ -76,7 +76,8 @@ pub(super) fn error_reply(error: &LockError) -> String {
         | LockErrorKind::TooManyKeys
         | LockErrorKind::TooManyLeases => "LIMIT",
         LockErrorKind::ShardDown | LockErrorKind::Unavailable | LockErrorKind::Closed => "UNAVAILABLE",
-        // The same request would fail again.
+        LockErrorKind::Refused | LockErrorKind::ShardMapMismatch | LockErrorKind::TokenRegression => "REFUSED",
+        // The request is invalid.
         _ => "ERR",
     };
     format!("{code} {error}")

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use redis::Value;
@@ -99,6 +100,52 @@ fn command_is_ended_when_the_agent_is_stopped_for_longer_than_the_ttl() {
     assert_eq!(ended.code, 117, "{ended:?}");
     assert!(ended.stderr.contains("the agent does not answer"), "{ended:?}");
     wait_until_dead(&pid);
+}
+
+/// The agent answers late, and counts from the lease that it had when it was stopped. What it had
+/// answered before still holds, and so does the lock once it has been renewed.
+#[test]
+fn command_goes_on_when_the_agent_is_stopped_for_less_than_the_ttl() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let (mut running, _notes, pid) = holder(&agent, &["--ttl", "9s"]);
+    agent.signal(Signal::STOP);
+    sleep(Duration::from_millis(6_500));
+    agent.signal(Signal::CONT);
+    // A lost lock would end the command within a second.
+    assert_eq!(agent.info("held"), "1");
+    sleep(Duration::from_millis(1_500));
+    assert!(is_alive(&pid), "{}", running.stderr());
+    assert_eq!(agent.info("held"), "1");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code, 128 + 15);
+}
+
+#[test]
+fn stopped_agent_is_an_error_after_the_time_to_wait() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let mut holder = agent.connect();
+    holder.integer(&["LOCK", "k"]);
+    let mut waiting = Run::start(exec(&agent, &["-w", "2s", "k", "true"]));
+    agent.wait_until_waiting(1);
+    agent.signal(Signal::STOP);
+    let ended = waiting.end();
+    assert_eq!(ended.code, 69, "{ended:?}");
+    assert!(ended.stderr.contains("it does not answer"), "{ended:?}");
+    agent.signal(Signal::CONT);
+}
+
+#[test]
+fn refusal_of_the_server_is_no_mistake_of_the_command_line() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    server.command(&["SET", "lock:k", "x"]);
+    server.command(&["CONFIG", "SET", "maxmemory", "1"]);
+    let error = agent.connect().error(&["LOCK", "free", "NOWAIT"]);
+    assert!(error.starts_with("REFUSED ") && error.contains("OOM"), "{error}");
+    let ended = run(exec(&agent, &["-n", "free", "true"]));
+    assert_eq!(ended.code, 69, "{ended:?}");
 }
 
 #[test]
