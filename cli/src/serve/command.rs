@@ -27,6 +27,8 @@ pub(super) enum Command {
     Commands(CommandQuery),
     Quit,
     Select,
+    /// A line of an HTTP request. See [`is_of_http`].
+    Http,
 }
 
 /// A request for a lock.
@@ -153,6 +155,9 @@ impl Command {
         let [name, arguments @ ..] = words else {
             return Err(Refusal("ERR the request is empty".to_owned()));
         };
+        if is_of_http(name) {
+            return Ok(Self::Http);
+        }
         let info = command_table::find(name).ok_or_else(|| unknown_command(name, arguments))?;
         if !info.accepts(words.len()) {
             return Err(Refusal::arity(info.name));
@@ -182,6 +187,12 @@ impl Command {
             _ => Err(Refusal::arity(info.name)),
         }
     }
+}
+
+/// Whether a browser sends this. A page on the web can make it send a request to any address, with
+/// commands in its body; it begins with one of these lines before its body comes.
+fn is_of_http(name: &[u8]) -> bool {
+    name.eq_ignore_ascii_case(b"POST") || name.eq_ignore_ascii_case(b"Host:")
 }
 
 fn unknown_command(name: &[u8], arguments: Words<'_>) -> Refusal {

@@ -13,7 +13,10 @@ use super::session::{Flow, Session};
 
 impl Session {
     pub(super) async fn execute(&mut self, command: Command) -> io::Result<Flow> {
-        let needs_no_password = matches!(command, Command::Hello(_) | Command::Auth(_) | Command::Quit);
+        let needs_no_password = matches!(
+            command,
+            Command::Hello(_) | Command::Auth(_) | Command::Quit | Command::Http
+        );
         if !self.is_authenticated && !needs_no_password {
             self.replies.error("NOAUTH Authentication required.");
             return Ok(Flow::Continue);
@@ -34,6 +37,14 @@ impl Session {
             Command::Client(command) => self.client_command(command),
             Command::Commands(query) => self.commands(query),
             Command::Select => self.replies.simple("OK"),
+            Command::Http => {
+                tracing::warn!(
+                    client = self.client.id,
+                    peer = %self.client.peer,
+                    "a client sent an HTTP request, perhaps for a page on the web; its connection is closed"
+                );
+                return Ok(Flow::Close);
+            }
             Command::Quit => {
                 self.replies.simple("OK");
                 return Ok(Flow::Close);

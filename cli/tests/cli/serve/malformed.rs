@@ -75,6 +75,25 @@ fn malformed_requests_end_their_connection_only() {
     assert!(holder.integer(&["HELD", "k", &token]) > 0);
 }
 
+/// A page on the web can make a browser send a request to any port, with commands in its body.
+#[test]
+fn requests_of_browsers_take_no_locks() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    for request in [
+        "POST / HTTP/1.1\r\nHost: 127.0.0.1:6400\r\n\r\nLOCK k\r\n",
+        "GET /LOCK HTTP/1.1\r\nhost: 127.0.0.1:6400\r\n\r\nLOCK k\r\n",
+        "OPTIONS / HTTP/1.1\r\nHost: 127.0.0.1:6400\r\n\r\nLOCK k\r\n",
+    ] {
+        let answer = answer(&agent, request.as_bytes());
+        assert!(
+            !answer.contains(':') || answer.starts_with("-ERR unknown command"),
+            "{answer}"
+        );
+        assert_eq!(agent.info("held"), "0");
+    }
+}
+
 /// Lengths are compared with the limits before anything is allocated for them: the memory of the
 /// agent does not grow with what clients announce.
 #[test]
