@@ -248,7 +248,12 @@ fn as_text(listing: &Listing) -> String {
     widths[5] = 0;
     let mut text = String::new();
     if listing.rows.is_empty() {
-        text.push_str("no key is held\n");
+        let found = if listing.more.is_none() && listing.errors.is_empty() {
+            "no key is held\n"
+        } else {
+            "no held key was found\n"
+        };
+        text.push_str(found);
     } else {
         for line in &lines {
             let cells = line.iter().zip(widths).map(|(text, width)| format!("{text:<width$}"));

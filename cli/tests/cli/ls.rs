@@ -127,6 +127,13 @@ fn keys_of_the_other_shards_are_listed_if_one_can_not_be_read() {
         "{ended:?}"
     );
     assert!(ended.stderr.contains("shard shard-1: "), "{ended:?}");
+    // What is on the other shard is not known.
+    let ended = run(command(&["ls", "no-such-prefix"]));
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (69, "no held key was found\n"),
+        "{ended:?}"
+    );
 }
 
 #[test]
