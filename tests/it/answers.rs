@@ -79,7 +79,10 @@ on_each_store! {
     }
 
     async fn a_server_that_loads_its_data_is_unavailable_until_it_is_done(store: &TestStore) {
-        let (server, locks) = (store.server(), store.manager().await);
+        let server = store.server();
+        // Shorter than the loading.
+        let builder = store.builder().store_timeout(Duration::from_secs(1));
+        let locks = builder.connect().await.expect("connect");
         lock(&locks, "k").await.release().await.expect("release");
         // For about two seconds the server only replies that it is loading.
         server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);

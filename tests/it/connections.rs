@@ -144,7 +144,8 @@ on_each_store! {
 
     async fn a_killed_server_is_an_error_in_time_and_a_loss_in_time_and_its_restart_mends_it(store: &TestStore) {
         let servers = store.servers();
-        let locks = store.short_lived_manager().await;
+        let builder = store.builder().ttl(store.short_ttl());
+        let locks = builder.store_timeout(Duration::from_secs(1)).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn({
             let locks = locks.clone();

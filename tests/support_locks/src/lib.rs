@@ -197,9 +197,13 @@ fn next_number() -> u32 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
+/// A server on a busy machine may take longer than the default of a second to answer. Tests of
+/// servers that do not answer set a limit of their own.
+const STORE_TIMEOUT: Duration = Duration::from_secs(4);
+
 /// If `SHARDLOCK_TEST_LINGER` is set, leases linger for that many milliseconds.
 fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str) -> Builder {
-    let builder = LockManager::builder().namespace(namespace);
+    let builder = LockManager::builder().namespace(namespace).store_timeout(STORE_TIMEOUT);
     let builder = kind.settings(urls.fold(builder, |builder, url| builder.shard(url)));
     match std::env::var("SHARDLOCK_TEST_LINGER") {
         Ok(millis) => builder.linger(Duration::from_millis(millis.parse().expect("milliseconds"))),

@@ -173,7 +173,10 @@ fn exclusive_owner_is_extended_and_never_shortened() {
     let me = owner_tag(1, 2);
     for (left, ttl, expected) in [(100_000, 300_000, 300_000), (300_000, 100_000, 300_000)] {
         bench.own(&me, Some(left));
-        assert_eq!(bench.acquire_in_mode(&me, ttl, "join"), [1, bench.counter() as i64, 0, 1]);
+        assert_eq!(
+            bench.acquire_in_mode(&me, ttl, "join"),
+            [1, bench.counter() as i64, 0, 1]
+        );
         assert_eq!(bench.owner().as_ref(), Some(&me));
         bench.assert_left("lease", expected);
     }
