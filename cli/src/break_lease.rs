@@ -59,18 +59,30 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let Some(owner) = &args.owner else {
         return Err(refuse_without_owner(&key, &locks.inspect(&key).await?));
     };
-    match tool::break_lease(&locks, &key, owner).await? {
+    let mut owner = owner.clone();
+    let mut broken = tool::break_lease(&locks, &key, &owner).await?;
+    // Messages show an owner in printable form, and that is what people copy.
+    let is_meant = |held: &&str| *held != owner && printable(held) == owner.as_str();
+    let meant = match &broken {
+        Broken::NotHeld { now } => owners(now).find(is_meant).map(str::to_owned),
+        Broken::Done { .. } => None,
+    };
+    if let Some(meant) = meant {
+        owner = meant;
+        broken = tool::break_lease(&locks, &key, &owner).await?;
+    }
+    match broken {
         Broken::NotHeld { now } => {
             let message = format!(
                 "{} is not held by {}; nothing was changed; {}",
                 printable(key.as_str()),
-                printable(owner),
+                printable(&owner),
                 describe(&key, &now)
             );
             Err(Failure::new(exit::NOT_HELD, anyhow!(message)))
         }
         Broken::Done { before } => {
-            report(&args, &key, owner, &before, &locks).await?;
+            report(&args, &key, &owner, &before, &locks).await?;
             Ok(exit::OK)
         }
     }

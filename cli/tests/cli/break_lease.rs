@@ -98,6 +98,19 @@ fn holders_of_a_key_are_broken_one_at_a_time() {
     assert_eq!(third.end().code, 0);
 }
 
+/// The message shows what does not do anything to a terminal, and the owner is named like that.
+#[test]
+fn owner_that_can_not_be_printed_is_named_as_it_is_shown() {
+    let server = RedisServer::start();
+    server.command(&["SET", "lock:k", "\u{1}\u{1b}[31mred"]);
+    let ended = run(patient(&server, &["break", "k"]));
+    let shown = r"\u{1}\u{1b}[31mred";
+    assert!(ended.code == 64 && ended.stderr.contains(shown), "{ended:?}");
+    let ended = broken(&server, "k", shown);
+    assert!(ended.code == 0 && ended.stdout.contains(shown), "{ended:?}");
+    assert!(!is_held(&server, "k"));
+}
+
 #[test]
 fn the_value_of_another_library_is_broken_if_it_is_named_exactly() {
     let server = RedisServer::start();
