@@ -112,6 +112,12 @@ impl Bench {
         reply.into_iter().map(|number| number.max(0).unsigned_abs()).collect()
     }
 
+    /// A release by the script for exclusive cycles, which enqueues `next` unless it is empty.
+    fn release(&self, owner_tag: &str, next: &str) -> Vec<i64> {
+        let args = [owner_tag, "1", "0", "inbox:", "key", next];
+        self.call(self.scripts.release.text(), &["lease", "queue", "counter"], &args)
+    }
+
     /// Calls a script for all modes, which replies with numbers.
     fn call_modes(&self, script: &LuaScript, args: &[&str]) -> Vec<i64> {
         self.call(script.text(), &["lease", "queue", "counter", "holders"], args)

@@ -110,6 +110,59 @@ fn request_behind_dead_waiters_has_the_lease_with_the_reply() {
     }
 }
 
+/// The short release does nothing unless it does everything.
+#[test]
+fn short_release_ends_the_owners_lease_if_nobody_waits() {
+    let bench = Bench::new();
+    let (me, other) = (owner_tag(1, 2), owner_tag(2, 2));
+    let release = || -> u64 { bench.call(bench.scripts.release_free.text(), &["lease", "queue"], &[&me]) };
+    assert_eq!(release(), 0);
+    bench.own(&me, Some(100_000));
+    bench.join(&other);
+    assert_eq!((release(), bench.owner()), (0, Some(me.clone())));
+    bench.server.command(&["DEL", "queue"]);
+    assert_eq!((release(), bench.owner()), (1, None));
+    bench.own(&other, Some(100_000));
+    assert_eq!((release(), bench.owner()), (0, Some(other)));
+}
+
+/// The owner wants the lease again, and the only one before it has died: it has the lease at once.
+#[test]
+fn release_behind_dead_waiters_takes_the_lease_again() {
+    let bench = Bench::new();
+    let (me, again, dead) = (owner_tag(1, 2), owner_tag(1, 5), owner_tag(2, 2));
+    bench.own(&me, Some(300_000));
+    bench.server.command(&["ZADD", "queue", "1", &dead]);
+    let reply = bench.release(&me, &again);
+    assert_eq!(reply, [1, 1, bench.counter() as i64, 0, 0]);
+    assert_eq!(bench.state().0.as_ref(), Some(&again));
+    assert_eq!(bench.state().1, [""; 0]);
+    bench.assert_left("lease", 100_000);
+}
+
+/// The reply says how many are ahead once the lease has been passed on.
+#[test]
+fn releaser_that_waits_again_knows_how_many_are_ahead() {
+    let bench = Bench::new();
+    let (me, again) = (owner_tag(1, 2), owner_tag(1, 5));
+    let others = [2, 3, 4, 5].map(|manager| owner_tag(manager, 3));
+    bench.own(&me, Some(300_000));
+    for other in &others {
+        bench.join(other);
+    }
+    let ahead = |reply: &[i64]| (reply[..2].to_vec(), reply[4..].to_vec());
+    // It joins behind four, of which the first has the lease now.
+    let reply = bench.release(&me, &again);
+    assert_eq!(ahead(&reply), (vec![1, 2], vec![0, 3, 0]), "{reply:?}");
+    assert_eq!(bench.owner().as_ref(), Some(&others[0]));
+    // It was in the queue before, among others.
+    bench.own(&me, Some(300_000));
+    bench.join(&owner_tag(6, 3));
+    let reply = bench.release(&me, &again);
+    assert_eq!(ahead(&reply), (vec![1, 2], vec![0, 2, 0]), "{reply:?}");
+    assert_eq!(bench.owner().as_ref(), Some(&others[1]));
+}
+
 /// A promoted replica may lack the latest numbers, and no client can detect that. So the counter of
 /// a cluster is never below the time of the server.
 #[test]

@@ -96,6 +96,30 @@ fn holders_whose_set_is_gone_leave_the_key_to_those_that_wait() {
     assert_eq!(bench.owner(), Some(writer));
 }
 
+/// One call renews leases of several keys, each with its own TTL.
+#[test]
+fn renewal_of_several_keys_gives_each_its_own_end() {
+    let bench = Bench::new();
+    let (one, other) = (in_mode(1, "-s"), in_mode(1, "-p1-3"));
+    let ends = bench.now() + 100_000;
+    for (lease, holders, owner) in [("lease", "holders", &one), ("lease2", "holders2", &other)] {
+        bench.server.command(&["SET", lease, MARKER, "PX", "100000"]);
+        bench.server.command(&["ZADD", holders, &ends.to_string(), owner]);
+    }
+    // A key of another type is not ours, and no reason to give up the others.
+    bench.server.command(&["LPUSH", "lease3", "value"]);
+    let keys = [
+        "lease", "queue", "holders", "lease2", "queue2", "holders2", "lease3", "queue3", "holders3",
+    ];
+    let args = [&one, "300000", &other, "400000", &one, "300000"];
+    let reply: Vec<u64> = bench.call(bench.scripts.modes.renew.text(), &keys, &args);
+    assert_eq!(reply, [1, 1, 0]);
+    for (lease, holders, left) in [("lease", "holders", 300_000), ("lease2", "holders2", 400_000)] {
+        bench.assert_left(lease, left);
+        bench.assert_left(holders, left);
+    }
+}
+
 /// Renewal while a slot is being moved, by two scripts with one key each.
 #[test]
 fn renewal_of_a_holder_alone_extends_it_and_never_shortens_it() {
