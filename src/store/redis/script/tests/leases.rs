@@ -221,6 +221,40 @@ fn counter_follows_the_clock_of_the_server_in_a_cluster_and_after_a_loss() {
     }
 }
 
+/// Those that wait expect another end, and the first of them may give up. More than ten are not
+/// told, so that a long queue costs no more.
+#[test]
+fn first_ten_waiters_are_told_of_a_retired_lease() {
+    let bench = Bench::new();
+    let (me, retired) = (owner_tag(1, 2), owner_tag(1, 1));
+    bench.own(&me, Some(300_000));
+    for manager in 2..14 {
+        bench.join(&owner_tag(manager, 3));
+    }
+    let client = redis::Client::open(bench.server.url()).unwrap();
+    let mut connection = client.get_connection().unwrap();
+    connection.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    let mut inboxes = connection.as_pubsub();
+    inboxes.psubscribe("inbox:*").unwrap();
+    let args = [&me, &retired, "100000", "inbox:", "key"];
+    let reply: u64 = bench.call(bench.scripts.retire.text(), &["lease", "queue", "counter"], &args);
+    assert_eq!(reply, 1);
+    bench.server.command(&["PUBLISH", "inbox:", "the end"]);
+    let mut told = || {
+        let message = inboxes.get_message().unwrap();
+        (
+            message.get_channel_name().to_owned(),
+            message.get_payload::<String>().unwrap(),
+        )
+    };
+    for manager in 2..12 {
+        let waiter = owner_tag(manager, 3);
+        let (inbox, cycle) = waiter.split_once(':').unwrap();
+        assert_eq!(told(), (format!("inbox:{inbox}"), format!("t {cycle} key")));
+    }
+    assert_eq!(told().1, "the end");
+}
+
 /// A lease without an end, which only an administrator can have made so, gets one as well.
 #[test]
 fn retired_lease_ends_with_the_rest_of_its_time_or_earlier() {
