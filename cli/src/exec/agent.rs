@@ -219,7 +219,7 @@ impl AgentRequest {
             AttemptError::Lost { what, .. } => (exit::UNAVAILABLE, what.clone()),
             AttemptError::Silent => (
                 exit::UNAVAILABLE,
-                "it does not answer; look whether it is stopped or overloaded".to_owned(),
+                "it does not answer; check whether it is stopped or overloaded".to_owned(),
             ),
             AttemptError::Agent(error) if asks_for_password(error) && self.password.is_none() => (
                 exit::CONFIG,

@@ -189,8 +189,8 @@ impl Command {
     }
 }
 
-/// Whether a browser sends this. A page on the web can make it send a request to any address, with
-/// commands in its body; it begins with one of these lines before its body comes.
+/// Whether this is the first word of a line of an HTTP request. A page on the web can make a
+/// browser send a request to any address, with commands in its body, after one of these lines.
 fn is_of_http(name: &[u8]) -> bool {
     name.eq_ignore_ascii_case(b"POST") || name.eq_ignore_ascii_case(b"Host:")
 }

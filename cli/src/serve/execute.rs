@@ -60,8 +60,8 @@ impl Session {
             return;
         };
         let released = held.guard.release().await;
-        // The connection that was granted the lock replies first, since nobody works until its
-        // client knows. The client of this one would otherwise run in between.
+        // The connection that was granted the lock replies first: nobody works until its client
+        // knows, and the client of this connection would compete with it for the processor.
         tokio::task::yield_now().await;
         match released {
             Ok(()) => self.replies.integer(1),

@@ -1,9 +1,9 @@
 //! An agent under many faults: its clients and managers of their own contend for the same keys, and
 //! the checker of `tests/support_chaos` judges the histories that they write.
 //!
-//! The workers with a manager of their own are those of `tests/chaos`. A client (`client.rs`) holds
-//! its locks as docs/agent.md describes: it relies on the time that `HELD` has replied, counted
-//! from when it asked, and no longer.
+//! The workers with a manager of their own are from there, too. A client (`client.rs`) holds its
+//! locks as docs/agent.md describes: it relies on the time that `HELD` has replied, counted from
+//! when it asked, and no longer.
 //!
 //! `make chaos-agent` runs rounds for a given time.
 
