@@ -77,7 +77,7 @@ fn number(figures: &Value, pointer: &str) -> f64 {
 
 #[test]
 fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
-    let figures = figures(&["--processes", "2", "--tasks", "1", "--hold", "20ms", "--duration", "4s"]);
+    let figures = figures(&["--processes", "2", "--tasks", "1", "--hold", "50ms", "--duration", "4s"]);
     let locks = number(&figures, "/locks");
     // The window's first lock may have been handed off before it. If the machine stalls for longer
     // than a hold, the queue may run empty.
@@ -90,10 +90,12 @@ fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
     assert!(number(&figures, "/server/cpu_us_per_lock") > 0.0, "{figures}");
     let bounds = ["min", "max"].map(|bound| number(&figures, &format!("/per_process/{bound}")));
     assert_eq!(bounds[0] + bounds[1], locks, "{figures}");
-    assert!(bounds[1] < 1.2 * bounds[0], "{figures}");
-    assert!(number(&figures, "/hold_ms/mean") >= 20.0, "{figures}");
+    // They take turns. While the machine stalls one of them, the other finds the queue empty.
+    let uncontended = number(&figures, "/handoffs/uncontended");
+    assert!(bounds[1] < 1.2 * bounds[0] + uncontended, "{figures}");
+    assert!(number(&figures, "/hold_ms/mean") >= 50.0, "{figures}");
     // While one process holds the lock, the other waits.
-    assert!(number(&figures, "/wait_ms/p50") >= 20.0, "{figures}");
+    assert!(number(&figures, "/wait_ms/p50") >= 50.0, "{figures}");
 }
 
 #[test]

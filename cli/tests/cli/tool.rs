@@ -11,7 +11,11 @@ use tempfile::TempDir;
 use support::process::Process;
 use support::{PATIENCE, RedisServer, wait_until};
 
-/// The tool with these arguments and no `SHARDLOCK_*` variables.
+/// How long the tool waits for an answer of a server unless a test says otherwise. On a busy machine
+/// the second that is the default may pass before a healthy server gets to run.
+const STORE_TIMEOUT: &str = "4s";
+
+/// The tool with these arguments and no `SHARDLOCK_*` variables but the one for busy machines.
 pub(crate) fn bare(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shardlock"));
     for (name, _) in std::env::vars_os() {
@@ -19,7 +23,10 @@ pub(crate) fn bare(args: &[&str]) -> Command {
             command.env_remove(name);
         }
     }
-    command.args(args).stdin(Stdio::null());
+    command
+        .args(args)
+        .env("SHARDLOCK_STORE_TIMEOUT", STORE_TIMEOUT)
+        .stdin(Stdio::null());
     command
 }
 
