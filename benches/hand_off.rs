@@ -50,7 +50,7 @@ type Seen = Vec<[u64; 3]>;
 fn main() {
     if let Some(me) = worker::current() {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(obey(&me));
+        runtime.block_on(run_commands(&me));
         return;
     }
     println!(
@@ -140,7 +140,7 @@ fn passed_on(all: &[(usize, [u64; 3])], is_next: fn(u64, u64) -> bool) -> Vec<u6
     times
 }
 
-async fn obey(me: &worker::Current) {
+async fn run_commands(me: &worker::Current) {
     let (number, count): (usize, usize) = (
         me.var(NUMBER).parse().expect("a number"),
         me.var(COUNT).parse().expect("a number"),
@@ -154,8 +154,8 @@ async fn obey(me: &worker::Current) {
     inbox.subscribe(number.to_string()).await.expect("subscribe");
     let mut inbox = inbox.into_on_message();
     let next = ((number + 1) % count).to_string();
-    me.say("connected");
-    while let Some(what) = me.hear() {
+    me.send("connected");
+    while let Some(what) = me.recv() {
         let seen = match what.strip_prefix("ring ") {
             None => contend(&locks).await,
             Some(first) => {
@@ -164,7 +164,7 @@ async fn obey(me: &worker::Current) {
             }
         };
         let words: Vec<String> = seen.iter().flatten().map(u64::to_string).collect();
-        me.say(words.join(" "));
+        me.send(words.join(" "));
     }
 }
 

@@ -50,7 +50,7 @@ use fence::TokenBlock;
 use mode::LockMode;
 use protocol::{AcquireReply, Answer, Cycles};
 
-const WANT: WaiterOptions = WaiterOptions {
+const OPTIONS: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(10),
     class: 0,
     mode: LockMode::Exclusive,
@@ -98,7 +98,7 @@ impl Line {
         };
         let mut request = None;
         for waiter in 0..waiters {
-            let (id, effects) = line.queue.want(WANT, Some(waiter), cx);
+            let (id, effects) = line.queue.enqueue(OPTIONS, Some(waiter), cx);
             line.ids.push_back(id);
             request = request.or(effects.request);
         }
@@ -114,7 +114,7 @@ impl Line {
             reply,
             sent_at: NOW,
             floor: 0,
-            ttl: WANT.ttl,
+            ttl: OPTIONS.ttl,
         };
         drop(line.queue.on_event(cycle, StoreEvent::AcquireReply(answer), cx));
         line
@@ -134,7 +134,7 @@ impl Line {
         let Some(Outcome::Granted(granted)) = self.queue.collect(id) else {
             panic!("the first in line does not have the lock");
         };
-        let (id, _) = self.queue.want(WANT, Some(0), cx);
+        let (id, _) = self.queue.enqueue(OPTIONS, Some(0), cx);
         self.ids.push_back(id);
         let (was_held, effects) = self.queue.released(granted.lease.cycle, granted.token, cx);
         assert!(was_held);

@@ -567,7 +567,7 @@ REDIS = Row(
         ),
         Panel(
             "Store requests",
-            "Round trips per second by kind. acquire_free and release are locks without "
+            "Round trips per second by kind. acquire_fast and release are locks without "
             "contention; many acquire and requeue requests mean contention between processes, "
             "many try requests mean polling.",
             [(total(rate("shardlock_store_requests_total", SHARD), "request"), "{{request}}")],

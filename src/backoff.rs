@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_processes_do_not_come_back_together() {
+    fn a_thousand_processes_reconnect_at_different_times() {
         // The server was unavailable for about two seconds.
         let mut tenths = [0; 100];
         for _ in 0..1000 {
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn success_begins_anew() {
+    fn success_resets_the_delay() {
         let mut backoff = Backoff::new(MIN, MAX);
         for _ in 0..20 {
             backoff.next_delay();

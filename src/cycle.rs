@@ -18,7 +18,7 @@ use crate::mode::LockMode;
 /// cannot guess the code (see [`Cycles`]).
 ///
 /// An *odd* number means that the manager expects remote waiters from the start and bounds its
-/// bypass. The owner of an *even* cycle is notified (`wanted`) when another manager begins to wait.
+/// bypass. The owner of an *even* cycle is notified when another manager begins to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Cycle {
     number: u64,
@@ -33,8 +33,14 @@ impl Cycle {
         self.mode
     }
 
+    /// Whether this is the owner of a lease that was released and stays for the rest of its
+    /// `min_hold`.
+    pub(crate) const fn is_retired(self) -> bool {
+        self.number == RETIRED
+    }
+
     /// Whether the owner bounds its bypass without being notified of a waiter.
-    pub(crate) const fn expects_rivals(self) -> bool {
+    pub(crate) const fn expects_remote_waiters(self) -> bool {
         self.number % 2 == 1
     }
 
@@ -135,9 +141,9 @@ impl Cycles {
     }
 
     /// A new cycle, for leases in this mode with this TTL.
-    pub(crate) fn open(&self, mode: LockMode, expects_rivals: bool, ttl: Duration) -> Cycle {
+    pub(crate) fn open(&self, mode: LockMode, expects_remote_waiters: bool, ttl: Duration) -> Cycle {
         let pair = self.next.fetch_add(1, Ordering::Relaxed) + 1;
-        let number = pair * 2 + u64::from(expects_rivals);
+        let number = pair * 2 + u64::from(expects_remote_waiters);
         let ttl_ms = u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX).max(1);
         Cycle {
             number,
@@ -173,12 +179,6 @@ impl Cycles {
 
 #[cfg(test)]
 impl Cycle {
-    /// Whether this is the owner of a lease that was released and stays for the rest of its
-    /// `min_hold`.
-    pub(crate) const fn is_retired(self) -> bool {
-        self.number == RETIRED
-    }
-
     /// A cycle with this number, a TTL of one second, and the code of a manager without a secret.
     pub(crate) fn of(number: u64) -> Self {
         Self::with_ttl(number, Duration::from_secs(1))
@@ -204,7 +204,7 @@ mod tests {
         let cycles = Cycles::with_secret([7, 8]);
         let cycle = cycles.open(LockMode::Exclusive, true, Duration::from_millis(1_500));
         assert_eq!((cycle.number(), cycle.ttl()), (3, Duration::from_millis(1_500)));
-        assert!(cycle.expects_rivals());
+        assert!(cycle.expects_remote_waiters());
         assert_eq!(Cycle::parse(&cycle.to_string()), Some(cycle));
         let mut written = Vec::new();
         cycle.write_to(&mut written).unwrap();
@@ -277,12 +277,12 @@ mod tests {
     }
 
     #[test]
-    fn retired_cycle_is_none_that_a_manager_opens() {
+    fn retired_cycle_differs_from_every_opened_cycle() {
         let cycles = Cycles::with_secret([7, 8]);
         let cycle = cycles.open(LockMode::Exclusive, false, Duration::from_secs(1));
         let retired = cycle.retired();
         assert!(!cycle.is_retired() && retired.is_retired());
-        assert!(!cycles.has_opened(retired) && retired.expects_rivals());
+        assert!(!cycles.has_opened(retired) && retired.expects_remote_waiters());
         assert_eq!(Cycle::parse(&retired.to_string()), Some(retired));
     }
 
@@ -290,9 +290,9 @@ mod tests {
     #[test]
     fn no_cycle_is_above_the_newest() {
         let cycles = Cycles::default();
-        for expects_rivals in [false, true, false, true] {
+        for expects_remote_waiters in [false, true, false, true] {
             let before = cycles.newest();
-            let cycle = cycles.open(LockMode::Exclusive, expects_rivals, Duration::from_secs(1));
+            let cycle = cycles.open(LockMode::Exclusive, expects_remote_waiters, Duration::from_secs(1));
             assert!(cycle.number() > before, "{cycle} {before}");
             assert_eq!(cycles.newest(), cycle.number() | 1);
         }

@@ -296,7 +296,7 @@ mod tests {
 
     /// While one guard stays, others come and go for as long as the process lives.
     #[tokio::test]
-    async fn guards_that_are_gone_leave_nothing_behind_while_others_hold_the_key() {
+    async fn ended_guards_leave_nothing_in_an_entry_that_is_still_held() {
         let locks = LockManager::connect("memory://").await.unwrap();
         let guard = locks.lock("k").shared().await.unwrap();
         for _ in 0..100 {

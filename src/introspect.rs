@@ -19,7 +19,7 @@ mod tests {
     use crate::LockManager;
 
     #[tokio::test]
-    async fn views_are_written_in_milliseconds_and_read_back() {
+    async fn introspection_serializes_in_milliseconds_and_deserializes() {
         let locks = LockManager::builder().named_shard("m", "memory://").connect().await;
         let locks = locks.expect("connect");
         let guard = locks.lock("k").await.expect("lock");

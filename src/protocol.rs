@@ -129,7 +129,7 @@ pub(crate) enum RenewReply {
     /// The lease was extended.
     Extended {
         /// Whether a cycle waits for it.
-        wanted: bool,
+        has_waiters: bool,
     },
     /// The lease is no longer ours.
     NotOurs,

@@ -36,7 +36,7 @@ impl WaitOutcome {
     }
 }
 
-/// Logs slow waits and long holds for a whole manager.
+/// Logs slow waits, long holds and lost locks for a whole manager.
 #[derive(Debug)]
 pub(crate) struct SlowLog {
     slow_wait: Option<Duration>,
@@ -118,8 +118,8 @@ impl SlowLog {
         self.slow_wait
     }
 
-    /// Waiters of `keys` keys of a shard have been waiting for a long time. This is the key whose
-    /// waiter has waited longest.
+    /// `keys` keys of a shard have waiters that have waited for a long time. `key` is the one with
+    /// the longest wait.
     pub(crate) fn still_waits(&self, time: Duration, key: &LockKey, shard: &str, waiting: usize, keys: usize) {
         if let Some(suppressed) = self.still_waiting.admit(Moment::now()) {
             let named = self.key(key);

@@ -98,7 +98,7 @@ pub struct HeldLock {
     pub caller: Option<String>,
 }
 
-/// The state of a shard as snapshot by this manager. See
+/// The state of a shard as seen by this manager. See
 /// [`LockManager::shards`](crate::LockManager::shards).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -173,7 +173,7 @@ pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
     let snapshots = hottest.map(|hot| {
         let shard = shards.get(&*hot.shard);
         let entries = shard.map_or_else(Vec::new, |shard| shard.entries_of(&hot.key));
-        let snapshots: Vec<_> = entries.iter().map(|entry| entry.look(now)).collect();
+        let snapshots: Vec<_> = entries.iter().map(|entry| entry.snapshot(now)).collect();
         let held = snapshots
             .iter()
             .flat_map(|snapshot| &snapshot.held)
@@ -205,7 +205,7 @@ pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock
     let mut held = Vec::new();
     for shard in &manager.shards {
         for entry in shard.entries() {
-            let snapshot = entry.look(now);
+            let snapshot = entry.snapshot(now);
             for lock in snapshot.held {
                 held.push((lock, snapshot.waiting, Arc::clone(&entry)));
             }

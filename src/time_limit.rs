@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn limit_holds_by_the_clock_of_the_machine_while_that_of_tokio_is_paused() {
+    async fn limit_follows_the_system_clock_while_the_tokio_clock_is_paused() {
         let started = Moment::now();
         let (done, told) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {

@@ -13,6 +13,7 @@ pub use crate::telemetry::agent_table as agent_metrics;
 pub use crate::text::{must_be_escaped, printable};
 
 use crate::config::Config;
+use crate::cycle::Cycle;
 use crate::endpoint::Endpoint;
 use crate::error::{InvalidSetting, LockError};
 use crate::key::LockKey;
@@ -166,6 +167,14 @@ pub fn server_at(endpoint: &Endpoint, place: &str) -> Option<ServerUrl> {
 #[must_use]
 pub fn primary_name(endpoint: &Endpoint) -> Option<&str> {
     endpoint.primary_name()
+}
+
+/// Returns whether this owner of a lease is a cycle that was released before its `min_hold` had
+/// passed.
+#[must_use]
+pub fn is_kept_by_min_hold(owner: &str) -> bool {
+    let cycle = owner.rsplit_once(':').and_then(|(_, cycle)| Cycle::parse(cycle));
+    cycle.is_some_and(Cycle::is_retired)
 }
 
 /// Returns whether two stored fingerprints map every key to the same shard.

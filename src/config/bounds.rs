@@ -362,7 +362,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_shown_as_they_are_read() {
+    fn durations_round_trip_through_their_text() {
         for text in ["0s", "1ns", "1500us", "50ms", "90s", "2m", "25h", "1d", "365d"] {
             assert_eq!(Duration::read(text).unwrap().show(), text);
         }
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comma_parts_shards_or_the_hosts_of_one() {
+    fn comma_separates_shards_or_the_hosts_of_one_shard() {
         let urls = |text: &str| {
             let shards = Shards { most: 9 }.parse(text).unwrap();
             shards.into_iter().map(|shard| shard.url).collect::<Vec<_>>()

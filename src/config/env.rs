@@ -100,8 +100,12 @@ impl Config {
                 let all = known.iter().map(String::as_str).chain(NOT_SETTINGS);
                 // Compare without the prefix, which would make all names look similar.
                 let meant = did_you_mean(&variable[PREFIX.len()..], all.map(|name| &name[PREFIX.len()..]));
-                let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
-                let bound = format!("one of {}, {}{meant}", known.join(", "), NOT_SETTINGS.join(", "));
+                let bound = if meant.is_empty() {
+                    format!("a known one: {}", known.join(", "))
+                } else {
+                    let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
+                    format!("a known one{meant}")
+                };
                 return Err(InvalidSetting::new(
                     "environment variable",
                     bounds::echo(variable),

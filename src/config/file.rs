@@ -160,11 +160,11 @@ mod tests {
             ),
             (
                 "\n\ntll = '10s'",
-                "setting (TOML line 3) is \"tll\", but must be one of shards, ",
+                "setting (TOML line 3) is \"tll\", but must be a known one; did you mean ttl?",
             ),
             (
                 "tll = true",
-                "setting (TOML line 1) is \"tll\", but must be one of shards, ",
+                "setting (TOML line 1) is \"tll\", but must be a known one; did you mean ttl?",
             ),
             (
                 "ttl = true",

@@ -47,7 +47,7 @@ mod tests {
     use super::nearest;
 
     #[test]
-    fn a_misspelt_name_has_a_nearest_one_and_a_strange_name_has_none() {
+    fn misspelt_name_has_a_suggestion_and_an_unrelated_name_has_none() {
         let known = ["ttl", "timeout", "max_hold", "max_keys", "shards"];
         for (name, expected) in [
             ("tll", Some("ttl")),

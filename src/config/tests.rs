@@ -176,7 +176,7 @@ fn setting_that_no_shard_reads_is_refused() {
 }
 
 #[test]
-fn text_that_cannot_be_read_is_refused_with_its_name_value_and_form() {
+fn malformed_value_is_refused_with_its_setting_and_the_expected_form() {
     let message = |name, value| one_shard().set(name, value).unwrap_err().to_string();
     assert_eq!(
         message("ttl", "10"),
@@ -190,13 +190,19 @@ fn text_that_cannot_be_read_is_refused_with_its_name_value_and_form() {
         message("max_burst", "many"),
         "max_burst is \"many\", but must be none, or a whole number from 1 to 1000000"
     );
-    let unknown = message("tll", "10s");
-    assert!(unknown.starts_with("setting is \"tll\", but must be one of shards, namespace, ttl, "));
-    assert!(unknown.ends_with("; did you mean ttl?"), "{unknown}");
+    assert_eq!(
+        message("tll", "10s"),
+        "setting is \"tll\", but must be a known one; did you mean ttl?"
+    );
+    let unknown = message("frobnicate", "10s");
+    assert!(
+        unknown.starts_with("setting is \"frobnicate\", but must be a known one: shards, namespace, ttl, "),
+        "{unknown}"
+    );
 }
 
 #[test]
-fn fingerprints_are_what_shards_have_stored() {
+fn fingerprints_and_key_names_match_those_stored_by_shards() {
     let mut config = Config::default();
     config.set("shards", "a=memory://x,b=memory://y").unwrap();
     assert_eq!(config.fingerprints()[1], "v2 a:0-8191,b:8192-16383 here=b");

@@ -192,7 +192,7 @@ mod tests {
         }
 
         #[test]
-        fn the_hot_ones_are_found_among_many(seed in 0_u64..1000) {
+        fn hot_keys_are_found_among_many(seed in 0_u64..1000) {
             let mut sketch: Sketch<u64, ()> = Sketch::new(8);
             let mut state = seed;
             for turn in 0..20_000_u64 {

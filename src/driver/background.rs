@@ -21,7 +21,7 @@ use tokio::task::{JoinSet, LocalSet};
 use super::orphans::{Work, clean};
 use super::subscriber::{SubscribeError, subscribe};
 use super::watchdog::keep_alive;
-use super::{Entry, Job, ManagerContext, Shard, evict, reporter, server_clock};
+use super::{Entry, Job, ManagerContext, Shard, evict, health, reporter};
 use crate::engine::Request;
 use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
@@ -85,7 +85,7 @@ async fn run(
         let tell = is_connected.then(|| tell.clone());
         services.spawn_local(subscribe(Arc::clone(shard), tell));
         services.spawn_local(keep_alive(Arc::clone(shard)));
-        services.spawn_local(server_clock::watch(Arc::clone(shard)));
+        services.spawn_local(health::watch(Arc::clone(shard)));
         let (cleaner, work) = mpsc::unbounded_channel();
         services.spawn_local(clean(Arc::clone(shard), work));
         cleaners.push(cleaner);
@@ -134,8 +134,8 @@ async fn run(
                     }
                     hand_over(&cleaners, index, Work::Release(abandoned));
                 }
-                Some(Job::Doubt { key, cycle }) => {
-                    hand_over(&cleaners, index_of(&shards, &key), Work::Doubt { key, cycle });
+                Some(Job::Recheck { key, cycle }) => {
+                    hand_over(&cleaners, index_of(&shards, &key), Work::Recheck { key, cycle });
                 }
                 Some(Job::Close { done }) => {
                     close(&manager, &shards);

@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn remembers_until_told_otherwise() {
+    fn hint_is_remembered_until_it_is_cleared() {
         let hints = ContentionHints::default();
         let key = LockKey::new("k").unwrap();
         assert!(!hints.is_contended(&key));

@@ -185,9 +185,9 @@ impl Entry {
 
     /// Enqueues a waiter. Returns `None` if this entry has been removed from the table. The caller
     /// has to execute the returned request.
-    pub(super) fn want(
+    pub(super) fn enqueue(
         self: &Arc<Self>,
-        want: WaiterOptions,
+        options: WaiterOptions,
         waker: Waker,
         now: Moment,
     ) -> Option<Result<Enqueued, LockError>> {
@@ -197,14 +197,14 @@ impl Entry {
             return None;
         }
         let waiting = state.queue.waiting();
-        if let Err(full) = self.shard.admit_waiter_of_key(&self.key, waiting, want.try_only) {
+        if let Err(full) = self.shard.admit_waiter_of_key(&self.key, waiting, options.try_only) {
             return Some(Err(full));
         }
         let before = Counted::of(&state.queue);
-        let (id, mut effects) = state.queue.want(want, Some(waker), cx);
+        let (id, mut effects) = state.queue.enqueue(options, Some(waker), cx);
         let is_settled = state.queue.is_settled(id);
         // Without a lingering lease or an outage, a new waiter changes no deadline.
-        let is_due = before.is_evictable || state.queue.trouble().is_some();
+        let is_due = before.is_evictable || state.queue.outage().is_some();
         let deadline = is_due.then(|| state.queue.next_deadline()).flatten();
         let after = Counted::of(&state.queue);
         self.count(before, after);
@@ -248,8 +248,8 @@ impl Entry {
     }
 
     /// Why the store is unreachable, if the last request for this key failed.
-    pub(crate) fn trouble(&self) -> Option<LockError> {
-        self.state.lock().queue.trouble().cloned()
+    pub(crate) fn outage(&self) -> Option<LockError> {
+        self.state.lock().queue.outage().cloned()
     }
 
     /// Whether the outcome is available.
@@ -273,7 +273,7 @@ impl Entry {
     }
 
     /// A snapshot of the holders and the waiters.
-    pub(crate) fn look(&self, now: Moment) -> KeySnapshot {
+    pub(crate) fn snapshot(&self, now: Moment) -> KeySnapshot {
         let state = self.state.lock();
         let held = state.queue.guards().map(|(lease, token)| {
             let all = state.holding.iter().chain(&state.holding_together);
@@ -307,7 +307,7 @@ impl Entry {
     /// Calls `see` with the options and the wait so far of the waiters; see [`Queue::each_wait`].
     pub(crate) fn each_wait(&self, now: Moment, mut see: impl FnMut(&WaiterOptions, Duration)) {
         let state = self.state.lock();
-        state.queue.each_wait(|want, since| see(want, now.since(since)));
+        state.queue.each_wait(|options, since| see(options, now.since(since)));
     }
 
     /// Whether the lease of that cycle is still ours, as far as is known locally.

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use super::{Entry, ManagerContext, Shard};
 use crate::clock::Moment;
 
-/// Releases lingering leases, those that end soonest first, until the number of keys is a part
-/// of the limit below it.
+/// Releases lingering leases, those that end soonest first, until the number of keys is a
+/// sixteenth below the limit.
 pub(super) fn evict(manager: &ManagerContext, shards: &[Arc<Shard>]) {
     // Reset first, so that a task that finds too little room from now on requests another eviction.
     manager.usage.is_evicting.store(false, Ordering::SeqCst);

@@ -51,7 +51,7 @@ impl Entry {
                     tokens,
                 };
                 let kind = match kind {
-                    AcquireKind::Fast => RequestKind::AcquireFreely,
+                    AcquireKind::Fast => RequestKind::AcquireFast,
                     AcquireKind::Enqueue | AcquireKind::Extend => RequestKind::Acquire,
                     AcquireKind::Try => RequestKind::Try,
                 };
@@ -160,7 +160,7 @@ impl Entry {
             && reply.is_ok()
             && shard.may_arrive_late(cycle, now)
         {
-            shard.doubt(&self.key, cycle);
+            shard.recheck(&self.key, cycle);
         }
         let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
         Some((answer, started, now))

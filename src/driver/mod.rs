@@ -3,10 +3,10 @@
 //! # Implementation details
 //!
 //! A task that acquires or releases a key executes its own request where possible (`request`), so
-//! the common path needs no hop between tasks. Pushes arrive through `inbox`. Everything else is a
-//! [`Job`] for the background thread (`background`): renewals, releases of dropped guards, requests
-//! whose task was cancelled. All of them apply events to the same queue under the mutex of the
-//! entry.
+//! the common path needs no hop between tasks. Pushes arrive through `subscriber`. Everything else
+//! is a [`Job`] for the background thread (`background`): renewals, releases of dropped guards,
+//! requests whose task was cancelled. All of them apply events to the same queue under the mutex of
+//! the entry.
 //!
 //! An entry leaves the table as soon as its key has no waiter, no lease and no request in flight.
 //! It is first marked as removed under its mutex, so a task that found it just before looks it up
@@ -20,9 +20,10 @@ mod deadline;
 mod entry;
 mod evict;
 mod execute;
+mod health;
 mod map;
 mod orphans;
-mod places;
+mod queue_check;
 mod reach;
 pub(crate) mod reporter;
 mod server_clock;
@@ -52,7 +53,7 @@ pub(crate) use subscriber::SubscribeError;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::engine::orphans::LateRequests;
-use crate::engine::{Outage, Request, WaiterOptions};
+use crate::engine::{Request, StoreOutage, WaiterOptions};
 use crate::error::{Failure, LockError, LockErrorKind};
 use crate::key::LockKey;
 use crate::protocol::Cycle;
@@ -69,8 +70,8 @@ use table::Table;
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_millis(500);
 /// How much each key adds to the longest delay: a hundred thousand keys must not all query a server
-/// that is down at the same time. The inbox also slow_log when a server is back, and then all keys
-/// retry at once.
+/// that is down at the same time. The subscriber also notices when a server is back, and then all
+/// keys retry at once.
 const RETRY_PER_KEY: Duration = Duration::from_micros(200);
 
 /// See the module documentation.
@@ -115,7 +116,7 @@ pub(crate) enum Job {
     /// Release a cycle that is over until the store confirms.
     Release(Abandoned),
     /// Release a cycle once it is over and no request of it can arrive late.
-    Doubt { key: LockKey, cycle: Cycle },
+    Recheck { key: LockKey, cycle: Cycle },
     /// Release everything, refuse new requests, and signal when that is done.
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// The last handle of the manager was dropped. Exit when no work is left.
@@ -165,56 +166,56 @@ impl Shard {
     /// # Errors
     ///
     /// A limit was reached, or the manager is closed.
-    pub(crate) fn want(
+    pub(crate) fn enqueue(
         self: &Arc<Self>,
         key: &LockKey,
-        want: WaiterOptions,
+        options: WaiterOptions,
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Enqueued), LockError> {
-        let mode = want.mode;
+        let mode = options.mode;
         self.admit_waiter(key, mode)?;
-        let enqueued = self.enqueue(key, want, waker, now);
+        let enqueued = self.try_enqueue(key, options, waker, now);
         if enqueued.is_err() {
             self.waiter_left(mode);
         }
         enqueued
     }
 
-    fn enqueue(
+    fn try_enqueue(
         self: &Arc<Self>,
         key: &LockKey,
-        mut want: WaiterOptions,
+        mut options: WaiterOptions,
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Enqueued), LockError> {
-        if !want.mode.is_exclusive()
-            && let Some(reason) = self.store.lacks(want.mode)
+        if !options.mode.is_exclusive()
+            && let Some(reason) = self.store.lacks(options.mode)
         {
             return Err(Failure::Unsupported {
                 key: key.to_string(),
                 shard: self.name.to_string(),
-                mode: want.mode,
+                mode: options.mode,
                 reason,
             }
             .into());
         }
         // Rarely true, so threads do not contend for the cache line.
-        if want.lease_ttl() > self.longest_ttl() {
+        if options.lease_ttl() > self.longest_ttl() {
             self.longest_ttl
-                .fetch_max(in_micros(want.lease_ttl()), Ordering::Relaxed);
+                .fetch_max(in_micros(options.lease_ttl()), Ordering::Relaxed);
         }
         loop {
             let mut is_new = false;
-            let entry = self.table.get_or_insert(key, want.mode, || {
+            let entry = self.table.get_or_insert(key, options.mode, || {
                 is_new = true;
                 // Count the entry before any other task can find and remove it.
                 self.manager.usage.keys.fetch_add(1, Ordering::Relaxed);
-                Entry::new(key.clone(), want.mode, self)
+                Entry::new(key.clone(), options.mode, self)
             });
             if is_new {
                 self.admit_key(&entry)?;
-                want.contended_hint = self.hints.is_contended(key);
+                options.contended_hint = self.hints.is_contended(key);
             }
             // Checked after the entry is in the table: a shutdown either finds the entry or is seen
             // here.
@@ -222,8 +223,8 @@ impl Shard {
                 self.forget_new(&entry, is_new);
                 return Err(Failure::Closed.into());
             }
-            match entry.want(want, waker.clone(), now) {
-                Some(Ok(wanted)) => return Ok((entry, wanted)),
+            match entry.enqueue(options, waker.clone(), now) {
+                Some(Ok(enqueued)) => return Ok((entry, enqueued)),
                 Some(Err(error)) => return Err(error),
                 // The entry is marked as removed, but may still be in the table.
                 None => self.remove(&entry),
@@ -291,7 +292,7 @@ impl Shard {
         self.inspected(key, self.store.inspect(key.clone())).await
     }
 
-    /// Ends the lease of `owner`, who is not a cycle of this manager, and passes the key on.
+    /// Ends the lease of `owner`, which is not a cycle of this manager, and passes the key on.
     /// Returns whether `owner` had the lease.
     pub(crate) async fn break_lease(&self, key: &LockKey, owner: &str) -> Result<bool, LockError> {
         let started = Moment::now();
@@ -342,8 +343,8 @@ impl Shard {
     }
 
     /// A request of the cycle may be executed after the cycle is over.
-    fn doubt(&self, key: &LockKey, cycle: Cycle) {
-        self.send(Job::Doubt {
+    fn recheck(&self, key: &LockKey, cycle: Cycle) {
+        self.send(Job::Recheck {
             key: key.clone(),
             cycle,
         });
@@ -363,8 +364,8 @@ impl Shard {
     }
 
     /// Records whether the health probe got a reply and locks can be acquired.
-    fn note_look(&self, reached: &Result<(), StoreError>) {
-        self.metrics.set_up(self.reach.looked(&self.name, reached));
+    fn note_probe(&self, reached: &Result<(), StoreError>) {
+        self.metrics.set_up(self.reach.on_probe(&self.name, reached));
     }
 
     /// Since when the shard is down and why; `None` if it is up, as far as is known.
@@ -377,18 +378,18 @@ impl Shard {
 
     /// Whether the shard is known to be down. Outages have their own log lines.
     pub(crate) fn is_in_outage(&self) -> bool {
-        self.reach.is_troubled()
+        self.reach.is_down()
     }
 
     /// What an error of a request means for its waiters: an outage, which some of them tolerate, or
     /// `None` if a retry would not help.
-    fn outage(&self, error: &LockError, started: Moment, now: Moment, attempts: u32) -> Option<Outage> {
+    fn outage(&self, error: &LockError, started: Moment, now: Moment, attempts: u32) -> Option<StoreOutage> {
         if error.kind() != LockErrorKind::Unavailable {
             return None;
         }
         let keys = u32::try_from(self.manager.usage.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         let longest = RETRY_MAX.max(RETRY_PER_KEY.saturating_mul(keys));
-        Some(Outage {
+        Some(StoreOutage {
             since: started,
             patience: self.manager.timeout,
             retry_at: now + Backoff::delay_after(attempts.saturating_add(1), RETRY_MIN, longest),

@@ -47,7 +47,7 @@ impl Abandoned {
 pub(super) enum Work {
     Release(Abandoned),
     /// Release the cycle once it is over and no request of it can arrive late.
-    Doubt {
+    Recheck {
         key: LockKey,
         cycle: Cycle,
     },
@@ -79,7 +79,7 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
                 Some(Work::Release(Abandoned { key, cycle, since, pending })) => {
                     cleaner.orphans.add(key, cycle, pending, since);
                 }
-                Some(Work::Doubt { key, cycle }) => {
+                Some(Work::Recheck { key, cycle }) => {
                     let verdict = cleaner.orphans.recheck(key, cycle, Moment::now());
                     cleaner.report(verdict, None);
                 }
@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_owed_has_a_limit_and_room_again() {
+    fn pending_releases_are_limited_and_completed_ones_make_room() {
         let usage = Arc::new(Usage::new(Box::default()));
         let mut owed: Vec<PendingRelease> = std::iter::from_fn(|| PendingRelease::note(&usage)).collect();
         assert_eq!(owed.len(), PENDING_MAX);

@@ -35,17 +35,17 @@ const REASON_BYTES_MAX: usize = 300;
 #[derive(Debug, Default)]
 pub(super) struct Reach {
     /// Whether an outage is in progress.
-    is_troubled: AtomicBool,
+    is_down: AtomicBool,
     /// Whether the last health probe was refused.
     refuses: AtomicBool,
     /// Triggers a health probe.
-    pub(super) doubted: Notify,
+    pub(super) probe_now: Notify,
     log: Mutex<Log>,
 }
 
 #[derive(Debug, Default)]
 struct Log {
-    outage: Option<Outage>,
+    outage: Option<ShardOutage>,
     /// When the beginning of an outage was last logged.
     logged_at: Option<Moment>,
     /// The number of outages not logged since.
@@ -53,7 +53,7 @@ struct Log {
 }
 
 #[derive(Debug)]
-struct Outage {
+struct ShardOutage {
     since: Moment,
     /// Why the last request failed.
     reason: String,
@@ -83,7 +83,7 @@ impl Log {
     fn failed(&mut self, reason: &str, now: Moment) -> Option<Line> {
         let is_new = self.outage.is_none();
         let reason = shortened(reason, REASON_BYTES_MAX);
-        let outage = self.outage.get_or_insert_with(|| Outage {
+        let outage = self.outage.get_or_insert_with(|| ShardOutage {
             since: now,
             reason: reason.to_owned(),
             failed_at: now,
@@ -135,7 +135,7 @@ impl Reach {
     /// is known.
     pub(super) fn note<T>(&self, shard: &Arc<str>, reply: &Result<T, StoreError>) -> bool {
         match reply {
-            Ok(_) if !self.is_troubled.load(Ordering::Relaxed) => true,
+            Ok(_) if !self.is_down.load(Ordering::Relaxed) => true,
             Ok(_) => {
                 self.answered(shard);
                 !self.refuses.load(Ordering::Relaxed)
@@ -146,14 +146,14 @@ impl Reach {
             }
             // The refusal may concern a single key; a health probe finds out.
             Err(StoreError::Refused(_) | StoreError::MapMismatch { .. }) => {
-                self.doubted.notify_one();
+                self.probe_now.notify_one();
                 !self.refuses.load(Ordering::Relaxed)
             }
         }
     }
 
     /// Records the result of a health probe, which executes a request that every lock needs.
-    pub(super) fn looked(&self, shard: &Arc<str>, reached: &Result<(), StoreError>) -> bool {
+    pub(super) fn on_probe(&self, shard: &Arc<str>, reached: &Result<(), StoreError>) -> bool {
         let refusal = match reached {
             Err(error @ (StoreError::Refused(_) | StoreError::MapMismatch { .. })) => Some(error.reason()),
             Ok(()) | Err(StoreError::Unavailable(_)) => None,
@@ -170,7 +170,7 @@ impl Reach {
 
     /// The outage in progress, if there is one.
     pub(super) fn down(&self) -> Option<Down> {
-        if !self.is_troubled() {
+        if !self.is_down() {
             return None;
         }
         let log = self.log.lock();
@@ -181,15 +181,15 @@ impl Reach {
     }
 
     /// Whether the shard does not reply, or refuses locks.
-    pub(super) fn is_troubled(&self) -> bool {
-        self.is_troubled.load(Ordering::Relaxed)
+    pub(super) fn is_down(&self) -> bool {
+        self.is_down.load(Ordering::Relaxed)
     }
 
     #[cold]
     fn failed(&self, shard: &Arc<str>, reason: &str) {
         let line = {
             let mut log = self.log.lock();
-            self.is_troubled.store(true, Ordering::Relaxed);
+            self.is_down.store(true, Ordering::Relaxed);
             log.failed(reason, Moment::now())
         };
         if let Some(Line::Down { suppressed }) = line {
@@ -206,7 +206,7 @@ impl Reach {
         let line = {
             let mut log = self.log.lock();
             let (is_over, line) = log.answered(Moment::now());
-            self.is_troubled.store(!is_over, Ordering::Relaxed);
+            self.is_down.store(!is_over, Ordering::Relaxed);
             line
         };
         if let Some(Line::Up { down_for, failures }) = line {
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_has_one_line_when_it_begins_and_one_when_it_is_over() {
+    fn outage_is_logged_once_at_its_start_and_once_at_its_end() {
         let mut log = Log::default();
         assert_eq!(log.answered(at(0)), (true, None));
         assert_eq!(log.failed("away", at(1_000)), Some(Line::Down { suppressed: 0 }));

@@ -17,13 +17,13 @@ const FLUSH_EVERY: Duration = Duration::from_millis(100);
 /// How late the timer must fire to count as a stall.
 const STALL_MIN: Duration = Duration::from_millis(100);
 /// How often all keys are inspected. Less often if one pass takes more than a hundredth of this.
-const LOOK_EVERY_MIN: Duration = Duration::from_secs(1);
+const INSPECT_EVERY_MIN: Duration = Duration::from_secs(1);
 
 /// Runs for as long as the thread lives.
 pub(super) async fn report(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]>) {
     let metrics = &manager.metrics;
     let mut last = Moment::now();
-    let mut look_at = last;
+    let mut inspect_at = last;
     loop {
         tokio::time::sleep(FLUSH_EVERY).await;
         let now = Moment::now();
@@ -39,11 +39,11 @@ pub(super) async fn report(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]
         metrics.classes.adjust(elapsed);
         shards.iter().for_each(|shard| shard.metrics.adjust(elapsed));
         flush(metrics, &shards);
-        if now >= look_at {
-            shards.iter().for_each(look);
+        if now >= inspect_at {
+            shards.iter().for_each(inspect_all_keys);
             manager.slow_log.flush(now);
             manager.hot.decay(now);
-            look_at = now + LOOK_EVERY_MIN.max(Moment::now().since(now) * 100);
+            inspect_at = now + INSPECT_EVERY_MIN.max(Moment::now().since(now) * 100);
         }
         // Do not count the time of this pass as a stall.
         last = Moment::now();
@@ -58,14 +58,14 @@ pub(crate) fn flush(metrics: &ManagerMetrics, shards: &[Arc<Shard>]) {
 
 /// Inspects all keys: finds the oldest lease and waiter, counts guards and permits by class, and
 /// logs guards that are held for too long.
-fn look(shard: &Arc<Shard>) {
+fn inspect_all_keys(shard: &Arc<Shard>) {
     let now = Moment::now();
     let mut oldest_waiter = Duration::ZERO;
     let mut by_class = ByClass::default();
     let slow_wait = shard.manager.slow_log.slow_wait_bound();
     let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
-        let seen = entry.look(now);
+        let seen = entry.snapshot(now);
         for held in &seen.held {
             by_class.add_guard(held);
             let bound = shard.manager.slow_log.long_hold();
@@ -79,7 +79,7 @@ fn look(shard: &Arc<Shard>) {
             }
         }
         if seen.waiting > 0 {
-            entry.each_wait(now, |want, wait| by_class.add_waiter(want, wait));
+            entry.each_wait(now, |options, wait| by_class.add_waiter(options, wait));
         }
         by_class.end_key();
         if slow_wait.is_some_and(|bound| seen.longest_wait >= bound) {
@@ -130,10 +130,10 @@ impl ByClass {
         }
     }
 
-    fn add_waiter(&mut self, want: &WaiterOptions, wait: Duration) {
-        let of_class = self.of(want.class);
+    fn add_waiter(&mut self, options: &WaiterOptions, wait: Duration) {
+        let of_class = self.of(options.class);
         of_class.oldest_waiter = of_class.oldest_waiter.max(wait);
-        self.note_limit(want.class, want.mode);
+        self.note_limit(options.class, options.mode);
     }
 
     fn note_limit(&mut self, class: u16, mode: LockMode) {

@@ -1,5 +1,4 @@
-//! Probes a shard every few seconds: whether it accepts locks, whether it still knows its waiters,
-//! and whether the clocks of its servers have jumped.
+//! Detects that the clock of a server has jumped.
 //!
 //! No lock decision uses a server's time of day. But a Redis server expires leases by it, so
 //! operators need to know about a jump. Jumps are measured against our monotonic clock.
@@ -8,57 +7,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Shard, places};
 use crate::clock::Moment;
 use crate::store::{Health, ServerTime};
-use crate::text::printable;
 
-/// The interval between probes.
-const LOOK_EVERY: Duration = Duration::from_secs(3);
-/// The shortest interval between probes after a refused request.
-const LOOK_EVERY_MIN: Duration = Duration::from_millis(500);
 /// The smallest change that counts as a jump, beyond the uncertainty from round trips.
 const STEP_MIN: Duration = Duration::from_millis(200);
 
-/// Probes for as long as the thread lives, even if no locks are taken.
-pub(super) async fn watch(shard: Arc<Shard>) {
-    let mut clocks = Clocks::default();
-    loop {
-        tokio::time::sleep(LOOK_EVERY_MIN).await;
-        tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY - LOOK_EVERY_MIN) => {}
-            () = shard.reach.doubted.notified() => {}
-        }
-        let health = tokio::time::timeout(shard.manager.timeout, shard.store.probe()).await;
-        let health = health.unwrap_or_else(|_| Health {
-            reached: Err(shard.no_answer()),
-            times: Vec::new(),
-        });
-        shard.note_look(&health.reached);
-        shard.note_map(&health.reached);
-        if let Err(error) = &health.reached {
-            tracing::debug!(shard = %shard.name, %error, "the health probe of the shard failed");
-        }
-        for (server, seconds) in clocks.saw(&health) {
-            shard.metrics.clock_jumps.increment(1);
-            tracing::warn!(shard = %shard.name, server = %printable(&server), seconds, "the server's clock has jumped; leases on it may end early or late");
-        }
-        if health.reached.is_ok() {
-            places::check(&shard).await;
-        }
-        if let Some(drift) = clocks.largest_drift() {
-            shard.metrics.clock_drift.set(drift);
-        }
-    }
-}
-
 /// What is known of the clocks of a shard's servers, by address.
 #[derive(Debug, Default)]
-struct Clocks(HashMap<Arc<str>, ServerClock>);
+pub(super) struct Clocks(HashMap<Arc<str>, ServerClock>);
 
 impl Clocks {
     /// Returns which servers' clocks have jumped since the last probe, and by how many seconds.
-    fn saw(&mut self, health: &Health) -> Vec<(Arc<str>, f64)> {
+    pub(super) fn on_probe(&mut self, health: &Health) -> Vec<(Arc<str>, f64)> {
         if health.reached.is_ok() {
             // A server without a time in a successful probe no longer belongs to the shard, or was
             // replaced.
@@ -67,7 +28,7 @@ impl Clocks {
         }
         let steps = health.times.iter().filter_map(|time| {
             let step = match self.0.get_mut(&time.server) {
-                Some(clock) => clock.saw(time),
+                Some(clock) => clock.on_reading(time),
                 None => {
                     self.0.insert(Arc::clone(&time.server), ServerClock::first_seen(time));
                     None
@@ -80,7 +41,7 @@ impl Clocks {
 
     /// The largest drift of a server's clock relative to ours since it was first seen, in seconds.
     /// Positive if it has moved ahead.
-    fn largest_drift(&self) -> Option<f64> {
+    pub(super) fn largest_drift(&self) -> Option<f64> {
         let drifts = self.0.values().map(|clock| clock.last - clock.first);
         drifts.max_by(|one, other| one.abs().total_cmp(&other.abs()))
     }
@@ -95,7 +56,7 @@ struct ServerClock {
     last: f64,
     last_at: Moment,
     /// The uncertainty of `last`, in seconds.
-    doubt: f64,
+    uncertainty: f64,
 }
 
 impl ServerClock {
@@ -108,12 +69,12 @@ impl ServerClock {
             first: offset,
             last: offset,
             last_at: time.received_at,
-            doubt: round_trip.as_secs_f64() / 2.0,
+            uncertainty: round_trip.as_secs_f64() / 2.0,
         }
     }
 
     /// By how many seconds the clock has jumped since the last probe, if it has.
-    fn saw(&mut self, time: &ServerTime) -> Option<f64> {
+    fn on_reading(&mut self, time: &ServerTime) -> Option<f64> {
         let before = std::mem::replace(self, Self::first_seen(time));
         // A new connection may lead to another server with a different clock, so a jump cannot be
         // detected.
@@ -124,7 +85,7 @@ impl ServerClock {
         // A clock that runs up to 1 % fast or slow counts as drift.
         let slack = self.last_at.since(before.last_at).as_secs_f64() / 100.0;
         let step = self.last - before.last;
-        (step.abs() > STEP_MIN.as_secs_f64() + self.doubt + before.doubt + slack).then_some(step)
+        (step.abs() > STEP_MIN.as_secs_f64() + self.uncertainty + before.uncertainty + slack).then_some(step)
     }
 }
 
@@ -137,7 +98,7 @@ mod tests {
 
     /// The time of a server at `at` seconds on our clock, if its own clock is `ahead` by that many
     /// seconds.
-    fn told(server: &str, connection: u64, at: f64, ahead: f64, round_trip: f64) -> ServerTime {
+    fn time_of(server: &str, connection: u64, at: f64, ahead: f64, round_trip: f64) -> ServerTime {
         let moment = |seconds: f64| Moment::default() + Duration::from_secs_f64(seconds);
         ServerTime {
             server: server.into(),
@@ -148,68 +109,68 @@ mod tests {
         }
     }
 
-    fn all_is_well(times: Vec<ServerTime>) -> Health {
+    fn reachable(times: Vec<ServerTime>) -> Health {
         Health { reached: Ok(()), times }
     }
 
     /// Probes one server. Returns the detected jump and the drift.
-    fn look(clocks: &mut Clocks, connection: u64, at: f64, ahead: f64, round_trip: f64) -> (Option<f64>, f64) {
-        let steps = clocks.saw(&all_is_well(vec![told("a:1", connection, at, ahead, round_trip)]));
+    fn probe(clocks: &mut Clocks, connection: u64, at: f64, ahead: f64, round_trip: f64) -> (Option<f64>, f64) {
+        let steps = clocks.on_probe(&reachable(vec![time_of("a:1", connection, at, ahead, round_trip)]));
         (steps.first().map(|(_, step)| *step), clocks.largest_drift().unwrap())
     }
 
     #[test]
-    fn a_step_in_either_direction_is_seen_once() {
+    fn clock_step_in_either_direction_is_reported_once() {
         let mut clocks = Clocks::default();
-        assert_eq!(look(&mut clocks, 0, 10.0, 0.0, 0.001).0, None);
-        assert_eq!(look(&mut clocks, 0, 13.0, 0.001, 0.001).0, None);
-        let (step, drift) = look(&mut clocks, 0, 16.0, 3600.0, 0.001);
+        assert_eq!(probe(&mut clocks, 0, 10.0, 0.0, 0.001).0, None);
+        assert_eq!(probe(&mut clocks, 0, 13.0, 0.001, 0.001).0, None);
+        let (step, drift) = probe(&mut clocks, 0, 16.0, 3600.0, 0.001);
         assert!((step.unwrap() - 3600.0).abs() < 0.1 && (drift - 3600.0).abs() < 0.1);
-        assert_eq!(look(&mut clocks, 0, 19.0, 3600.0, 0.001).0, None);
-        assert!((look(&mut clocks, 0, 22.0, 3599.5, 0.001).0.unwrap() + 0.5).abs() < 0.1);
+        assert_eq!(probe(&mut clocks, 0, 19.0, 3600.0, 0.001).0, None);
+        assert!((probe(&mut clocks, 0, 22.0, 3599.5, 0.001).0.unwrap() + 0.5).abs() < 0.1);
     }
 
     #[test]
-    fn a_slow_answer_or_a_fast_clock_is_no_step() {
+    fn slow_reply_or_fast_clock_is_not_reported_as_a_step() {
         let mut clocks = Clocks::default();
-        look(&mut clocks, 0, 10.0, 0.0, 0.001);
+        probe(&mut clocks, 0, 10.0, 0.0, 0.001);
         // The reply was delayed by half a second in one direction, so the clock seems to be off by
         // a quarter.
-        assert_eq!(look(&mut clocks, 0, 13.0, 0.25, 0.5).0, None);
-        assert_eq!(look(&mut clocks, 0, 16.0, 0.0, 0.001).0, None);
+        assert_eq!(probe(&mut clocks, 0, 13.0, 0.25, 0.5).0, None);
+        assert_eq!(probe(&mut clocks, 0, 16.0, 0.0, 0.001).0, None);
         // Slewed by half a percent for five minutes.
-        let (step, drift) = look(&mut clocks, 0, 316.0, 1.5, 0.001);
+        let (step, drift) = probe(&mut clocks, 0, 316.0, 1.5, 0.001);
         assert!(step.is_none() && (drift - 1.5).abs() < 0.01, "{step:?} {drift}");
     }
 
     #[test]
-    fn another_connection_or_server_is_a_new_beginning() {
+    fn another_connection_or_server_starts_a_new_measurement() {
         let mut clocks = Clocks::default();
-        look(&mut clocks, 0, 10.0, 0.0, 0.001);
-        let (step, drift) = look(&mut clocks, 1, 13.0, 7.0, 0.001);
+        probe(&mut clocks, 0, 10.0, 0.0, 0.001);
+        let (step, drift) = probe(&mut clocks, 1, 13.0, 7.0, 0.001);
         assert!(step.is_none() && drift.abs() < 0.01, "{step:?} {drift}");
         // Connection numbers are local to a store, so two servers may have the same.
-        let other = all_is_well(vec![told("b:1", 1, 16.0, -7.0, 0.001)]);
-        assert_eq!(clocks.saw(&other), []);
+        let other = reachable(vec![time_of("b:1", 1, 16.0, -7.0, 0.001)]);
+        assert_eq!(clocks.on_probe(&other), []);
         assert!(clocks.largest_drift().unwrap().abs() < 0.01);
         // The first server is back with another clock. It was forgotten in the meantime.
-        assert_eq!(look(&mut clocks, 1, 19.0, 9.0, 0.001).0, None);
+        assert_eq!(probe(&mut clocks, 1, 19.0, 9.0, 0.001).0, None);
     }
 
     #[test]
-    fn each_server_is_measured_by_itself_and_the_largest_drift_is_told() {
+    fn servers_are_measured_separately_and_the_largest_drift_is_reported() {
         let mut clocks = Clocks::default();
         let three = |at: f64, ahead: [f64; 3]| {
             let names = ["a:1", "b:1", "c:1"];
             let times = names.iter().zip(ahead);
-            all_is_well(times.map(|(name, ahead)| told(name, 0, at, ahead, 0.001)).collect())
+            reachable(times.map(|(name, ahead)| time_of(name, 0, at, ahead, 0.001)).collect())
         };
-        assert_eq!(clocks.saw(&three(10.0, [0.0, 30.0, -30.0])), []);
+        assert_eq!(clocks.on_probe(&three(10.0, [0.0, 30.0, -30.0])), []);
         assert!(
             clocks.largest_drift().unwrap().abs() < 0.01,
             "they differ, but run at the same rate"
         );
-        let steps = clocks.saw(&three(13.0, [0.01, 30.0, -35.0]));
+        let steps = clocks.on_probe(&three(13.0, [0.01, 30.0, -35.0]));
         let [(server, step)] = &steps[..] else {
             panic!("{steps:?}")
         };
@@ -218,14 +179,14 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_is_away_for_a_while_is_remembered() {
+    fn clock_of_a_server_is_remembered_during_an_outage() {
         let mut clocks = Clocks::default();
-        look(&mut clocks, 0, 10.0, 0.0, 0.001);
+        probe(&mut clocks, 0, 10.0, 0.0, 0.001);
         let away = Health {
             reached: Err(StoreError::Unavailable("away".into())),
             times: Vec::new(),
         };
-        assert_eq!(clocks.saw(&away), []);
-        assert!((look(&mut clocks, 0, 19.0, 60.0, 0.001).0.unwrap() - 60.0).abs() < 0.1);
+        assert_eq!(clocks.on_probe(&away), []);
+        assert!((probe(&mut clocks, 0, 19.0, 60.0, 0.001).0.unwrap() - 60.0).abs() < 0.1);
     }
 }

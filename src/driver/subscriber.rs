@@ -229,7 +229,7 @@ mod tests {
     /// began. The inbox kept the waker of the former, which was then dropped, and no grant was
     /// received any more.
     #[test]
-    fn task_that_takes_over_is_woken_whatever_the_one_before_it_still_does() {
+    fn task_that_takes_over_is_woken_even_if_the_previous_one_still_polls() {
         let (sender, receiver) = mpsc::unbounded_channel();
         let pushes = Pushes::new(receiver);
         let [first, second] = [(); 2].map(|()| pushes.begin());

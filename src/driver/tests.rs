@@ -146,7 +146,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
     (shard, receiver)
 }
 
-const WANT: WaiterOptions = WaiterOptions {
+const OPTIONS: WaiterOptions = WaiterOptions {
     mode: LockMode::Exclusive,
     ttl: Duration::from_secs(1),
     max_hold: None,
@@ -158,21 +158,21 @@ const WANT: WaiterOptions = WaiterOptions {
     class: 0,
 };
 
-fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Enqueued), LockError> {
-    shard.want(&LockKey::new("k").unwrap(), WANT, Waker::noop(), Moment::now())
+fn enqueue(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Enqueued), LockError> {
+    shard.enqueue(&LockKey::new("k").unwrap(), OPTIONS, Waker::noop(), Moment::now())
 }
 
 /// Enqueues for the key and executes the requests that follow.
-async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::engine::WaiterId) {
-    let (entry, wanted) = want(shard).unwrap();
-    let mut next = wanted.request;
+async fn enqueue_and_execute(shard: &Arc<Shard>) -> (Arc<Entry>, crate::engine::WaiterId) {
+    let (entry, enqueued) = enqueue(shard).unwrap();
+    let mut next = enqueued.request;
     while let Some(request) = next {
         next = entry.execute(request, Priority::Foreground).await.next;
     }
-    (entry, wanted.id)
+    (entry, enqueued.id)
 }
 
-fn asked() -> Origin {
+fn origin() -> Origin {
     Origin {
         at: Moment::now(),
         caller: std::panic::Location::caller(),
@@ -183,23 +183,23 @@ fn asked() -> Origin {
 /// A panic in a renewal used to go unnoticed: its leases looked held until they expired, and were
 /// then acquired and lost again.
 #[tokio::test]
-async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
+async fn manager_closes_after_a_panic_in_its_background_thread() {
     let (shard, jobs) = bad_shard(BadStore::granting(2000));
     let _background = Background::start(Arc::clone(&shard.manager), vec![Arc::clone(&shard)], &[false], jobs).unwrap();
-    let (entry, holder) = ask(&shard).await;
-    let settled = entry.poll(holder, Waker::noop(), asked());
+    let (entry, holder) = enqueue_and_execute(&shard).await;
+    let settled = entry.poll(holder, Waker::noop(), origin());
     let std::task::Poll::Ready(Settled::Granted(granted)) = settled else {
         panic!("{settled:?}")
     };
-    let (_, waiter) = ask(&shard).await;
+    let (_, waiter) = enqueue_and_execute(&shard).await;
     let lost = tokio::time::timeout(Duration::from_secs(30), granted.lease.lost()).await;
     assert_eq!(lost, Ok(crate::error::LossReason::Closed));
-    let refused = entry.poll(waiter, Waker::noop(), asked());
+    let refused = entry.poll(waiter, Waker::noop(), origin());
     let std::task::Poll::Ready(Settled::Failed(error)) = refused else {
         panic!("{refused:?}")
     };
     assert!(error.kind() == LockErrorKind::Closed, "{error}");
-    let later = want(&shard).map(|_| ());
+    let later = enqueue(&shard).map(|_| ());
     assert!(
         later.as_ref().is_err_and(|error| error.kind() == LockErrorKind::Closed),
         "{later:?}"
@@ -210,21 +210,21 @@ async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
 #[tokio::test]
 async fn shard_that_renews_too_late_keeps_its_keys_and_takes_no_new_ones() {
     let (shard, _jobs) = bad_shard(BadStore::granting(2000));
-    let (entry, holder) = ask(&shard).await;
-    let settled = entry.poll(holder, Waker::noop(), asked());
+    let (entry, holder) = enqueue_and_execute(&shard).await;
+    let settled = entry.poll(holder, Waker::noop(), origin());
     assert!(
         matches!(settled, std::task::Poll::Ready(Settled::Granted(_))),
         "{settled:?}"
     );
     shard.set_strained(true);
-    assert!(want(&shard).is_ok(), "that key is held");
+    assert!(enqueue(&shard).is_ok(), "that key is held");
     let other = LockKey::new("other").unwrap();
-    let wanted = |shard: &Arc<Shard>| shard.want(&other, WANT, Waker::noop(), Moment::now()).map(|_| ());
-    assert!(wanted(&shard).is_ok(), "one lease is no strain");
+    let enqueued = |shard: &Arc<Shard>| shard.enqueue(&other, OPTIONS, Waker::noop(), Moment::now()).map(|_| ());
+    assert!(enqueued(&shard).is_ok(), "one lease is no strain");
     shard.metrics.leases_changed(0, STRAIN_MIN);
     let other = LockKey::new("another").unwrap();
-    let wanted = |shard: &Arc<Shard>| shard.want(&other, WANT, Waker::noop(), Moment::now()).map(|_| ());
-    let refused = wanted(&shard);
+    let enqueued = |shard: &Arc<Shard>| shard.enqueue(&other, OPTIONS, Waker::noop(), Moment::now()).map(|_| ());
+    let refused = enqueued(&shard);
     assert!(
         refused.as_ref().is_err_and(|error| {
             error.kind() == LockErrorKind::TooManyLeases && error.in_use().is_some_and(|leases| leases > STRAIN_MIN)
@@ -233,19 +233,19 @@ async fn shard_that_renews_too_late_keeps_its_keys_and_takes_no_new_ones() {
     );
     assert_eq!(shard.table.len(), 2);
     shard.set_strained(false);
-    assert!(wanted(&shard).is_ok());
+    assert!(enqueued(&shard).is_ok());
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is_counted() {
+async fn token_regression_is_refused_and_counted_and_clock_jumps_are_counted() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let page = || recorder.handle().render();
     let (shard, _jobs) = metrics::with_local_recorder(&recorder, || bad_shard(BadStore::granting(500)));
     assert!(page().contains("shardlock_token_regressions_total{shard=\"bad\"} 0"));
     assert!(page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 0"));
 
-    let (entry, id) = ask(&shard).await;
-    let settled = entry.poll(id, Waker::noop(), asked());
+    let (entry, id) = enqueue_and_execute(&shard).await;
+    let settled = entry.poll(id, Waker::noop(), origin());
     let std::task::Poll::Ready(Settled::Failed(error)) = settled else {
         panic!("{settled:?}")
     };
@@ -266,7 +266,7 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
         page()
     );
 
-    let watching = tokio::spawn(server_clock::watch(Arc::clone(&shard)));
+    let watching = tokio::spawn(health::watch(Arc::clone(&shard)));
     // The test controls time: each probe happens when no other work is left.
     while !page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 1") {
         assert!(!watching.is_finished());
@@ -332,7 +332,7 @@ impl LeaseStore for CutStore {
 
 /// A request sent on a connection that was given up may be executed after the reply to the release.
 #[tokio::test]
-async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_more() {
+async fn cycle_with_a_possible_request_on_a_cut_connection_is_released_again() {
     let (released, mut releases) = mpsc::unbounded_channel();
     let cut = Moment::now();
     let (shard, _jobs) = shard_on(Arc::new(CutStore { cut, released }));
@@ -347,7 +347,7 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
 
     // A cycle whose reply came on another connection, and one released long after the last loss.
     let key = LockKey::new("other").unwrap();
-    work.send(orphans::Work::Doubt {
+    work.send(orphans::Work::Recheck {
         key: key.clone(),
         cycle: Cycle::of(5),
     })

@@ -4,11 +4,11 @@
 //! # Implementation details
 //!
 //! The watchdog runs on the background thread and sleeps until something is due
-//! ([`Watch`](crate::driver::Shard)). Each pass goes through all keys of the shard and applies the
-//! passage of time to each. All leases that are due for renewal, or will be soon, are renewed in
-//! batches. So a hundred thousand leases cost one pass and a few hundred script calls per tenth of
-//! their TTL. Batches are independent: one that hangs does not delay the next. They only wait here
-//! if there are more than a server handles in time ([`Renewals`]).
+//! ([`NextDeadline`](super::deadline::NextDeadline)). Each pass goes through all keys of the shard
+//! and applies the passage of time to each. All leases that are due for renewal, or will be soon,
+//! are renewed in batches. So a hundred thousand leases cost one pass and a few hundred script
+//! calls per tenth of their TTL. Batches are independent: one that hangs does not delay the next.
+//! They only wait here if there are more than a server handles in time ([`Renewals`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ use crate::store::StoreError;
 use crate::telemetry::RequestKind;
 
 /// The shortest interval between two passes.
-const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
+const SCAN_EVERY_MIN: Duration = Duration::from_millis(1);
 
 /// Keeps the leases of a shard alive for as long as the background thread lives.
 ///
@@ -41,7 +41,7 @@ pub(crate) async fn keep_alive(shard: Arc<Shard>) {
         tokio::select! {
             () = due(&shard, next_look) => {
                 let began = Instant::now();
-                let (due, shortest) = look(&shard);
+                let (due, shortest) = scan(&shard);
                 renewals_due.add(due);
                 next_look = Instant::now() + pause(began.elapsed(), shortest);
             }
@@ -70,7 +70,7 @@ async fn due(shard: &Shard, next_look: Instant) {
 /// How long to pause after a pass: a pass over many keys must leave most of the time to the
 /// renewals it finds. The pause is limited to a fraction of the shortest TTL.
 fn pause(took: Duration, shortest: Duration) -> Duration {
-    LOOK_EVERY_MIN.max((4 * took).min(shortest / 20))
+    SCAN_EVERY_MIN.max((4 * took).min(shortest / 20))
 }
 
 /// A lease that is due for renewal, and its key.
@@ -78,7 +78,7 @@ type DueRenewal = Due<(Arc<Entry>, Renewal)>;
 
 /// Applies the passage of time to every key. Returns the leases due for renewal, and the shortest
 /// TTL of all leases.
-fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
+fn scan(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
     // Reset first, so that deadlines set by tasks during the pass are kept.
     shard.next_deadline.reset();
     let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);

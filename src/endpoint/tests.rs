@@ -159,7 +159,7 @@ fn urls_of_several_hosts_name_all_of_them_and_their_ports() {
 }
 
 #[test]
-fn servers_are_told_with_the_login_and_shown_without() {
+fn server_urls_contain_the_login_and_their_debug_output_does_not() {
     let url = |server: Option<ServerUrl>| server.unwrap().with_password().to_owned();
     let single = parsed("redis://u:s3cret@a/2");
     assert_eq!(single.servers()[0].with_password(), "redis://u:s3cret@a:6379/2");

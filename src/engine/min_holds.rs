@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn records_that_have_passed_do_not_pile_up() {
+    fn expired_records_do_not_accumulate() {
         let holds = MinHolds::default();
         for number in 1..100_000 {
             let now = at(number);

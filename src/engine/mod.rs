@@ -18,8 +18,8 @@ pub(crate) mod orphans;
 pub(crate) mod renewals;
 
 pub(crate) use key::{
-    BLOCK_OF_GRANT, Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, MinHold, Outage, Outcome,
-    Path, Rare, Request, Rules, StoreEvent, WaiterId, WaiterOptions, Wake,
+    BLOCK_OF_GRANT, Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, MinHold, Outcome, Path,
+    Rare, Request, Rules, StoreEvent, StoreOutage, WaiterId, WaiterOptions, Wake,
 };
 #[cfg(test)]
 pub(crate) use key::{Flaw, Unlimited};

@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn first_attempt_is_ordered_and_a_failed_one_is_repeated_at_once_in_the_background() {
+    fn first_attempt_is_ordered_and_repeated_in_the_background_if_it_fails() {
         let mut orphans = of([2]);
         let mut attempt = orphans.next(at(0)).unwrap();
         assert!(attempt.is_ordered() && attempt.falls_back());
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn confirmed_release_is_repeated_only_if_something_may_arrive_after_it() {
+    fn confirmed_release_is_repeated_only_if_a_request_may_arrive_later() {
         for (in_background, cut, again) in [
             (false, None, false),
             (true, None, true),
@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn recheck_is_postponed_once_by_a_later_cut_and_skipped_while_the_cycle_is_in_use() {
+    fn recheck_is_postponed_once_by_a_later_cut_and_skipped_for_a_cycle_in_use() {
         let mut orphans = of([]);
         assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::Rechecked);
         assert_eq!(orphans.recheck((), Cycle::of(4), at(0)), Verdict::Rechecked);

@@ -15,7 +15,7 @@ pub use crate::fence::TokenRangeError;
 
 /// Why a lock could not be acquired or kept.
 ///
-/// [`kind`](Self::kind) tells what happened, for code that reacts to it. The other methods return
+/// [`kind`](Self::kind) reports what happened, for code that reacts to it. The other methods return
 /// the details that this kind of error has.
 ///
 /// Messages name the key, the shard, the value and the bound, and what to do about it. They never

@@ -103,7 +103,7 @@ mod lua {
             let between =
                 |start: &str, end: &str| items(script.split_once(start).unwrap().1.split_once(end).unwrap().0);
             Rule {
-                owner_tag: between("string.match(signature, '^", "$')"),
+                owner_tag: between("string.match(owner_tag, '^", "$')"),
                 random: between("string.find(manager, '^", "$', -17)"),
                 pid: between("string.find(string.sub(manager, -29, -18), '", "$')"),
             }

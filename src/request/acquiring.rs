@@ -19,7 +19,7 @@ use crate::key::LockKey;
 use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
 use crate::store::Priority;
-use crate::telemetry::{ClassMetrics, DEFAULT_CLASS, Ending, Limit};
+use crate::telemetry::{ClassMetrics, DEFAULT_CLASS, Limit, RequestOutcome};
 
 /// The future of a request. It enqueues a waiter when it is first polled and removes the waiter
 /// when it is dropped.
@@ -28,8 +28,8 @@ use crate::telemetry::{ClassMetrics, DEFAULT_CLASS, Ending, Limit};
 /// are computed when it enqueues.
 pub(super) struct Acquiring {
     request: LockRequest,
-    only_try: bool,
-    asked_at: Moment,
+    try_only: bool,
+    requested_at: Moment,
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
     span: DebugSpan,
@@ -53,11 +53,11 @@ struct QueuedWaiter {
 
 impl Acquiring {
     #[inline]
-    pub(super) fn new(request: LockRequest, only_try: bool) -> Self {
+    pub(super) fn new(request: LockRequest, try_only: bool) -> Self {
         Self {
             request,
-            only_try,
-            asked_at: Moment::default(),
+            try_only,
+            requested_at: Moment::default(),
             class: None,
             span: DebugSpan::default(),
             waiter: None,
@@ -72,7 +72,7 @@ impl Acquiring {
 
     fn asked(&self) -> Origin {
         Origin {
-            at: self.asked_at,
+            at: self.requested_at,
             caller: self.request.caller,
             class: self.class_number(),
         }
@@ -80,7 +80,7 @@ impl Acquiring {
 
     /// Whether to return instead of waiting. A timeout of zero is a try.
     fn is_try(&self) -> bool {
-        self.only_try || self.request.limit().is_some_and(|limit| limit.is_zero())
+        self.try_only || self.request.limit().is_some_and(|limit| limit.is_zero())
     }
 
     /// Enqueues a waiter. The flag is true if its outcome is already known.
@@ -89,24 +89,24 @@ impl Acquiring {
             Ok(key) => key,
             Err(invalid) => return Err((**invalid).clone().into()),
         };
-        let mut want = self.request.waiter_options(self.is_try())?;
-        want.class = self.class_number();
+        let mut options = self.request.waiter_options(self.is_try())?;
+        options.class = self.class_number();
         let shard = self.request.manager.shard(key);
-        let (entry, wanted) = shard.want(key, want, cx.waker(), self.asked_at)?;
+        let (entry, enqueued) = shard.enqueue(key, options, cx.waker(), self.requested_at)?;
         let mut in_flight = None;
-        match wanted.request {
+        match enqueued.request {
             // This waiter will not wait for the reply: it is for those that come later.
-            Some(request) if wanted.is_settled => entry.execute_in_background(request),
+            Some(request) if enqueued.is_settled => entry.execute_in_background(request),
             Some(request) => in_flight = Some(drive(&entry, request)),
             None => {}
         }
         let waiter = QueuedWaiter {
             entry,
-            id: wanted.id,
+            id: enqueued.id,
             in_flight,
             collected: false,
         };
-        Ok((waiter, wanted.is_settled))
+        Ok((waiter, enqueued.is_settled))
     }
 
     /// Waits in the queue until the timeout. `None` if this is a try and the key is held or has
@@ -116,7 +116,7 @@ impl Acquiring {
         let settled = match &mut self.waiter {
             Some(waiter) => waiter.poll(cx, asked),
             None => {
-                self.asked_at = Moment::now();
+                self.requested_at = Moment::now();
                 let asked = self.asked();
                 let (waiter, is_settled) = self.enqueue(cx)?;
                 let waiter = self.waiter.insert(waiter);
@@ -140,7 +140,7 @@ impl Acquiring {
                 // polled.
                 let may_be_served =
                     |waiter: &QueuedWaiter| waiter.entry.awaits_store() || waiter.entry.is_settled(waiter.id);
-                if now.since(self.asked_at) < limit && self.waiter.as_ref().is_some_and(may_be_served) {
+                if now.since(self.requested_at) < limit && self.waiter.as_ref().is_some_and(may_be_served) {
                     self.timer = None;
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
@@ -149,7 +149,7 @@ impl Acquiring {
             }
             (Poll::Pending, _) => return Poll::Pending,
         };
-        Poll::Ready(Err(self.give_up_error(now.since(self.asked_at))))
+        Poll::Ready(Err(self.give_up_error(now.since(self.requested_at))))
     }
 
     fn finish(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
@@ -162,7 +162,7 @@ impl Acquiring {
                     unreachable!("a request without a waiter was served");
                 };
                 let entry = Arc::clone(&waiter.entry);
-                let waited = granted.at.since(self.asked_at);
+                let waited = granted.at.since(self.requested_at);
                 let shard = &entry.shard;
                 shard.manager.slow_log.waited(
                     waited,
@@ -174,9 +174,9 @@ impl Acquiring {
                 let is_in_sample = self.class().acquired(granted.path, waited);
                 Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_in_sample)))
             }
-            Settled::Busy if !self.only_try => Err(self.timed_out(Duration::ZERO)),
+            Settled::Busy if !self.try_only => Err(self.timed_out(Duration::ZERO)),
             Settled::Busy => {
-                self.class().ended(Ending::Busy);
+                self.class().ended(RequestOutcome::Busy);
                 Ok(None)
             }
             Settled::Failed(error) => Err(error),
@@ -208,7 +208,7 @@ impl Acquiring {
     /// The timeout has passed. During an outage the error is that of the shard, since the holder is
     /// not the reason.
     fn give_up_error(&self, waited: Duration) -> LockError {
-        let trouble = self.waiter.as_ref().and_then(|waiter| waiter.entry.trouble());
+        let trouble = self.waiter.as_ref().and_then(|waiter| waiter.entry.outage());
         trouble.map_or_else(|| self.timed_out(waited), |error| error.after(waited))
     }
 
@@ -243,7 +243,7 @@ impl Future for Acquiring {
             let class = classes.get(class, self.request.mode());
             self.class = class;
             if let Some(key) = self.key() {
-                let span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, only_try = self.is_try()));
+                let span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, try_only = self.is_try()));
                 self.span = span;
             }
         }
@@ -259,7 +259,7 @@ impl Future for Acquiring {
         }
         self.ended = true;
         if let Err(error) = &result {
-            self.class().ended(Ending::of(error));
+            self.class().ended(RequestOutcome::of(error));
             self.report_error(error);
         }
         // Remove the waiter now rather than when the future is dropped.
@@ -271,9 +271,9 @@ impl Future for Acquiring {
 impl Drop for Acquiring {
     fn drop(&mut self) {
         if !self.ended && self.waiter.is_some() {
-            self.class().ended(Ending::Cancelled);
+            self.class().ended(RequestOutcome::Cancelled);
             if let (Some(waiter), Some(key)) = (&self.waiter, self.key()) {
-                let waited = Moment::now().since(self.asked_at);
+                let waited = Moment::now().since(self.requested_at);
                 let shard = &waiter.entry.shard;
                 shard
                     .manager

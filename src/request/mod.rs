@@ -339,17 +339,17 @@ impl LockRequest {
     }
 
     /// The effective options: those of the request over those of the manager.
-    fn waiter_options(&self, only_try: bool) -> Result<WaiterOptions, InvalidSetting> {
+    fn waiter_options(&self, try_only: bool) -> Result<WaiterOptions, InvalidSetting> {
         let config = &self.manager.config;
-        let mut want = WaiterOptions {
+        let mut options = WaiterOptions {
             mode: LockMode::Exclusive,
             ttl: config.ttl,
             max_hold: config.max_hold,
             linger: self.manager.linger,
             min_hold: self.manager.min_hold,
-            try_only: only_try,
+            try_only,
             in_outage: match self.limit() {
-                _ if only_try => InOutage::Fail,
+                _ if try_only => InOutage::Fail,
                 Some(_) => InOutage::UntilOwnLimit,
                 None => InOutage::UntilStoreTimeout,
             },
@@ -359,21 +359,21 @@ impl LockRequest {
         if let Some(overrides) = &self.overrides {
             let (timeout, max_hold) = (overrides.timeout.flatten(), overrides.max_hold.flatten());
             check_overrides(overrides.ttl, timeout, max_hold, overrides.min_hold, overrides.linger)?;
-            want.ttl = overrides.ttl.unwrap_or(want.ttl);
-            want.max_hold = overrides.max_hold.unwrap_or(want.max_hold);
-            want.linger = overrides.linger.map_or(want.linger, Linger::new);
-            want.mode = overrides.mode;
-            check_mode(want.mode)?;
-            want.min_hold = overrides.min_hold.map_or(want.min_hold, MinHold::new);
-            if !want.mode.is_exclusive() {
+            options.ttl = overrides.ttl.unwrap_or(options.ttl);
+            options.max_hold = overrides.max_hold.unwrap_or(options.max_hold);
+            options.linger = overrides.linger.map_or(options.linger, Linger::new);
+            options.mode = overrides.mode;
+            check_mode(options.mode)?;
+            options.min_hold = overrides.min_hold.map_or(options.min_hold, MinHold::new);
+            if !options.mode.is_exclusive() {
                 check_no_min_hold(overrides.min_hold)?;
-                want.min_hold = MinHold::NONE;
+                options.min_hold = MinHold::NONE;
             }
             if overrides.fail_fast {
-                want.in_outage = InOutage::Fail;
+                options.in_outage = InOutage::Fail;
             }
         }
-        Ok(want)
+        Ok(options)
     }
 }
 

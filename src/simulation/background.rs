@@ -30,7 +30,7 @@ pub(super) enum Job {
     },
 }
 
-const LOOK_EVERY_MIN: Nanos = 1_000_000;
+const SCAN_EVERY_MIN: Nanos = 1_000_000;
 
 impl World {
     /// Queues a job for the background thread, which runs jobs in order.
@@ -177,7 +177,7 @@ impl World {
     pub(super) fn look_at(&mut self, m: usize, moment: Moment) {
         let late = self.between(0, 1_000_000);
         let manager = &mut self.managers[m];
-        let at = manager.clock.when(moment).max(self.now + LOOK_EVERY_MIN / 10) + late;
+        let at = manager.clock.when(moment).max(self.now + SCAN_EVERY_MIN / 10) + late;
         if at < manager.next_look {
             manager.next_look = at;
             self.inside(at, m, Part::Watchdog, Event::Look { at });

@@ -54,11 +54,11 @@ fn run_all(seeds: std::ops::Range<u64>, variant: Variant) -> Result<Stats, Strin
             });
         }
     });
-    sum.into_inner().unwrap().map_err(|failure| told(&failure))
+    sum.into_inner().unwrap().map_err(|failure| describe(&failure))
 }
 
 /// The failure, with the shortest story that leads to one of the same kind.
-fn told(failure: &Failure) -> String {
+fn describe(failure: &Failure) -> String {
     match story::shortest(failure.case.clone()) {
         Some(shortest) => format!("{failure}\nthe shortest story of this kind:\n{shortest}"),
         None => failure.to_string(),
@@ -176,7 +176,7 @@ fn tokens_grow_even_if_the_store_forgets() {
 /// failover grants no lock that the new primary does not know, and no token that is not larger than
 /// earlier ones. This holds even though leases linger and are passed on without a message.
 #[test]
-fn after_a_failover_nothing_is_given_out_that_the_new_primary_does_not_know() {
+fn no_lock_unknown_to_the_new_primary_is_granted_after_a_failover() {
     let stats = run_all(seeds(1_000), Variant::Failover).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     assert!(
@@ -258,7 +258,7 @@ fn ending_shared_leases_by_a_clients_clock_is_caught() {
 
 /// A task in another process would wait for as long as tasks of this one ask again.
 #[test]
-fn serving_those_who_came_after_a_turn_began_is_noticed() {
+fn serving_newcomers_within_a_turn_is_noticed() {
     for variant in [Variant::Turns, Variant::Prompt, Variant::Mixed] {
         assert_noticed(Flaw::ServesNewcomers, variant);
     }

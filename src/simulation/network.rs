@@ -10,7 +10,7 @@ use crate::clock::Moment;
 use crate::engine::min_holds::MinHolds;
 use crate::engine::orphans::Released;
 use crate::engine::renewals::time_limit;
-use crate::engine::{Flaw, Outage, Request, Rules, StoreEvent};
+use crate::engine::{Flaw, Request, Rules, StoreEvent, StoreOutage};
 use crate::error::{Failure, LockError};
 use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
 use crate::store::Priority;
@@ -401,7 +401,8 @@ impl World {
         match (in_flight.order, reply) {
             (Order::Queue(Request::Acquire { cycle, ttl, .. }), Reply::Acquired(reply)) => {
                 let is_new = !self.managers[m].queues[k].has_lease_of(cycle);
-                self.ledger.hears_of_rivals_in(self.now, (m, k, cycle), &reply, is_new);
+                self.ledger
+                    .notes_remote_waiters_of(self.now, (m, k, cycle), &reply, is_new);
                 let answer = Answer {
                     sent_at,
                     ttl,
@@ -416,7 +417,7 @@ impl World {
             (Order::Queue(Request::Release { cycle, requeue, .. }), Reply::Released(reply)) => {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
-                    self.ledger.hears_of_rivals_in(self.now, (m, k, next), reply, true);
+                    self.ledger.notes_remote_waiters_of(self.now, (m, k, next), reply, true);
                 }
                 let answer = Answer {
                     sent_at,
@@ -455,7 +456,7 @@ impl World {
             Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => {
                 self.stats.failed += 1;
                 let error = no_answer();
-                let outage = Outage {
+                let outage = StoreOutage {
                     since: sent_at,
                     patience: self.plan.timeout,
                     retry_at: self.managers[m].clock.at(self.now) + self.plan.timeout / 8,
@@ -472,8 +473,8 @@ impl World {
 
     fn renewed(&mut self, m: usize, lease: Lease, sent_at: Moment, reply: Option<RenewReply>) {
         let Lease { k, cycle, ttl } = lease;
-        if reply == Some(RenewReply::Extended { wanted: true }) {
-            self.ledger.hears_of_rivals(self.now, m, k, cycle);
+        if reply == Some(RenewReply::Extended { has_waiters: true }) {
+            self.ledger.notes_remote_waiter(self.now, m, k, cycle);
         }
         let event = StoreEvent::RenewalReply { ttl, sent_at, reply };
         self.event_in_background(m, k, |queue, cx| queue.on_event(cycle, event, cx));

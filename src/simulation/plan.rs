@@ -76,7 +76,7 @@ pub(super) struct Plan {
     /// The minimum holds from which tasks choose; zero is off.
     pub(super) min_holds: Vec<Duration>,
     /// Whether half of the messages about a remote waiter are lost.
-    pub(super) misses_wanted: bool,
+    pub(super) misses_remote_waiters: bool,
     /// The time limit of a request.
     pub(super) timeout: Duration,
     /// When the faults end and tasks start nothing new.
@@ -177,7 +177,7 @@ impl Plan {
             ttls,
             lingers,
             min_holds,
-            misses_wanted: variant == Variant::Unheard,
+            misses_remote_waiters: variant == Variant::Unheard,
             timeout: base.mul_f64([0.3, 0.8, 2.5][rng.random_range(0..3)]),
             faults_end: nanos(base) * rng.random_range(6..=16),
             message_max: nanos(base) / rng.random_range(40..=150),

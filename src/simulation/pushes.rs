@@ -1,5 +1,5 @@
 //! Pushes and subscriptions. Messages keep their order and are lost only with their connection,
-//! which may be dead for some time before either side slow_log.
+//! which may be dead for some time before either side notices.
 
 use std::collections::BTreeSet;
 
@@ -41,9 +41,9 @@ impl Default for Inbox {
 /// The steps in which a subscription is lost and restored.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Subscription {
-    /// The server slow_log that this connection is gone.
+    /// The server notices that this connection is gone.
     ServerForgets(usize),
-    /// The manager slow_log that its connection is gone.
+    /// The manager notices that its connection is gone.
     Noticed,
     /// The subscription of the new connection reaches the server.
     Arrives,
@@ -81,7 +81,7 @@ impl World {
     pub(super) fn push_comes(&mut self, m: usize, generation: usize, push: Push) {
         let inbox = &self.managers[m].inbox;
         let is_missed =
-            matches!(push, Push::RemoteWaiter { .. }) && self.plan.misses_wanted && self.rng.random_bool(0.5);
+            matches!(push, Push::RemoteWaiter { .. }) && self.plan.misses_remote_waiters && self.rng.random_bool(0.5);
         if is_missed || inbox.generation != generation || !inbox.is_subscribed {
             self.stats.pushes_lost += 1;
             return self.note(|_| format!("m{m} {push:?} is lost"));
@@ -103,7 +103,7 @@ impl World {
                 let Some(k) = self.index_of(&key, cycle.mode()) else {
                     return;
                 };
-                self.ledger.hears_of_rivals(self.now, m, k, cycle);
+                self.ledger.notes_remote_waiter(self.now, m, k, cycle);
                 if self.managers[m].queues[k].lingers_until().is_some() {
                     self.stats.handed_over += 1;
                 }

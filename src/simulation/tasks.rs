@@ -112,7 +112,7 @@ impl World {
         let mode = self.some_mode(k);
         let min_hold = if mode.is_exclusive() { min_hold } else { MinHold::NONE };
         let manager = &self.managers[m];
-        let want = WaiterOptions {
+        let options = WaiterOptions {
             mode,
             ttl: self.plan.ttls[which],
             linger,
@@ -125,12 +125,12 @@ impl World {
                 1 => InOutage::UntilStoreTimeout,
                 _ => InOutage::UntilOwnLimit,
             },
-            contended_hint: manager.queues[k].is_unused() && manager.rivals[k],
+            contended_hint: manager.queues[k].is_unused() && manager.remote_waiters[k],
             class: 0,
         };
-        self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));
+        self.note(|_| format!("m{m} k{k} t{task} wants {options:?}"));
         let order = self.number();
-        let (id, request) = self.event(m, k, |queue, cx| queue.want(want, Some(task), cx));
+        let (id, request) = self.event(m, k, |queue, cx| queue.enqueue(options, Some(task), cx));
         let was_settled = self.managers[m].queues[k].is_settled(id);
         let mut driving = None;
         match request {
@@ -145,16 +145,16 @@ impl World {
             k,
             id,
             order,
-            try_only: want.try_only,
+            try_only: options.try_only,
             mode,
             was_settled,
             asked_at: self.now,
             bypass: Bypass::default(),
-            min_hold: want.min_hold,
+            min_hold: options.min_hold,
             driving,
         };
         self.enter(m, task, State::Waiting(waiting));
-        if !want.try_only && self.chance(self.plan.give_up_chance) {
+        if !options.try_only && self.chance(self.plan.give_up_chance) {
             let patience = self.between(0, nanos(self.plan.ttls[0]));
             self.later(m, task, patience, Step::Cancel);
         }

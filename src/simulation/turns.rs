@@ -41,7 +41,7 @@ pub(super) struct Bypass {
 impl Ledger {
     /// The reply that grants a lease contains the number of waiters. It supersedes what was known
     /// of an earlier lease of the same cycle whose reply came too late.
-    pub(super) fn hears_of_rivals_in(
+    pub(super) fn notes_remote_waiters_of(
         &mut self,
         now: Nanos,
         (m, k, cycle): (usize, usize, Cycle),
@@ -52,13 +52,13 @@ impl Ledger {
             AcquireReply::Granted { queued: 0, .. } if is_new => {
                 self.turns.remove(&(m, k, cycle));
             }
-            AcquireReply::Granted { queued: 1.., .. } => self.hears_of_rivals(now, m, k, cycle),
+            AcquireReply::Granted { queued: 1.., .. } => self.notes_remote_waiter(now, m, k, cycle),
             _ => {}
         }
     }
 
     /// A turn of this cycle begins, unless it has one.
-    pub(super) fn hears_of_rivals(&mut self, now: Nanos, m: usize, k: usize, cycle: Cycle) {
+    pub(super) fn notes_remote_waiter(&mut self, now: Nanos, m: usize, k: usize, cycle: Cycle) {
         let turn = Turn { began: now, served: 0 };
         self.turns.entry((m, k, cycle)).or_insert(turn);
     }
@@ -67,10 +67,11 @@ impl Ledger {
 impl World {
     /// A task that has waited since `asked_at` got its guard, which was granted at `granted_at`.
     pub(super) fn check_turn(&mut self, m: usize, k: usize, cycle: Cycle, asked_at: Nanos, granted_at: Nanos) {
-        if cycle.expects_rivals() {
-            self.ledger.hears_of_rivals(granted_at, m, k, cycle);
+        if cycle.expects_remote_waiters() {
+            self.ledger.notes_remote_waiter(granted_at, m, k, cycle);
         }
-        // The manager may have learned of rivals before the reply that granted the lease arrived.
+        // The manager may have learned of remote_waiters before the reply that granted the lease
+        // arrived.
         let first_granted = *self.ledger.first_granted.entry((m, k, cycle)).or_insert(granted_at);
         let turn = self.ledger.turns.get(&(m, k, cycle));
         let began = turn.map(|turn| turn.began.max(first_granted));

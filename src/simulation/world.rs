@@ -59,7 +59,7 @@ pub(super) struct Manager {
     pub(super) clock: LocalClock,
     pub(super) queues: Vec<Contender<usize>>,
     /// The keys for which other managers were seen to wait.
-    pub(super) rivals: Vec<bool>,
+    pub(super) remote_waiters: Vec<bool>,
     pub(super) tasks: Vec<Task>,
     pub(super) is_alive: bool,
     pub(super) is_closed: bool,
@@ -195,7 +195,7 @@ impl World {
                 drift: self.rng.random_range(-DRIFT_MAX..=DRIFT_MAX),
             },
             queues: (0..self.keys.len()).map(|k| Contender::new(self.kind(k))).collect(),
-            rivals: vec![false; self.keys.len()],
+            remote_waiters: vec![false; self.keys.len()],
             tasks: (0..self.plan.tasks).map(|_| Task::default()).collect(),
             is_alive: true,
             is_closed: false,
@@ -364,7 +364,7 @@ impl World {
         let lost_idle = lingered && queue.leases() == 0 && !queue.is_evictable();
         let is_exclusive = queue.is_exclusive();
         if queue.is_unused() {
-            manager.rivals[k] = queue.remote_waiters_seen();
+            manager.remote_waiters[k] = queue.remote_waiters_seen();
             *queue = Contender::new(kind);
         }
         let Effects {

@@ -658,11 +658,11 @@ fn with_a_large_stack(comparison: impl FnOnce() + Send) {
 }
 
 #[test]
-fn the_scripts_do_what_the_reference_does() {
+fn scripts_agree_with_the_reference() {
     with_a_large_stack(|| compare(&RedisServer::start().url(), false));
 }
 
 #[test]
-fn the_scripts_of_a_cluster_do_what_the_reference_does() {
+fn cluster_scripts_agree_with_the_reference() {
     with_a_large_stack(|| compare(&Cluster::start(1, 0).nodes()[0].url(), true));
 }

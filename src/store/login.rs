@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn callback_learns_the_shard_and_the_address() {
+    async fn callback_receives_the_shard_and_the_address() {
         let echo =
             callback(async |request: CredentialsRequest| Ok(Credentials::new(request.shard(), request.address())));
         let credentials = echo.credentials("h:1").await.unwrap();

@@ -81,7 +81,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Releases a lease or leaves the queue. Repeating the request is harmless.
     fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
 
-    /// Ends the lease of `owner`, who may be another manager or a client of another library, and
+    /// Ends the lease of `owner`, which may be another manager or a client of another library, and
     /// passes the key on like a release, with `tokens` for the next owner. Returns whether `owner`
     /// had the lease; if not, no lease was ended. The caller must know that `owner` does not wait
     /// for the key: a cycle that waits would leave the queue.

@@ -29,7 +29,7 @@ pub(super) const OTHER_CLASS_NUMBER: u16 = 1;
 
 /// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ending {
+pub(crate) enum RequestOutcome {
     Acquired(Path),
     Busy,
     Timeout,
@@ -40,7 +40,7 @@ pub(crate) enum Ending {
     Cancelled,
 }
 
-impl Ending {
+impl RequestOutcome {
     /// The index in [`ALL`](Self::ALL).
     const fn index(self) -> usize {
         match self {
@@ -119,8 +119,8 @@ impl Ending {
 #[derive(Debug)]
 pub(crate) struct ClassMetrics {
     number: u16,
-    endings: Counts<{ Ending::ALL.len() }>,
-    flushed: [Flushed; Ending::ALL.len()],
+    endings: Counts<{ RequestOutcome::ALL.len() }>,
+    flushed: [Flushed; RequestOutcome::ALL.len()],
     /// Samples the acquired locks for the recorder.
     thinning: Thinning,
     wait: Histogram,
@@ -130,7 +130,7 @@ pub(crate) struct ClassMetrics {
 impl ClassMetrics {
     fn new(class: &str, number: u16, mode: LockMode) -> Self {
         let class = || class.to_owned();
-        let counter_of = |ending: Ending| {
+        let counter_of = |ending: RequestOutcome| {
             if !ending.is_possible_in(mode) {
                 return Counter::noop();
             }
@@ -140,7 +140,7 @@ impl ClassMetrics {
         Self {
             number,
             endings: Counts::default(),
-            flushed: Ending::ALL.map(|ending| Flushed::new(counter_of(ending))),
+            flushed: RequestOutcome::ALL.map(|ending| Flushed::new(counter_of(ending))),
             thinning: Thinning::default(),
             wait: histogram!(WAIT, "class" => class(), "mode" => mode.as_str()),
             hold: histogram!(HOLD, "class" => class(), "mode" => mode.as_str()),
@@ -152,13 +152,13 @@ impl ClassMetrics {
         self.number
     }
 
-    pub(crate) fn ended(&self, ending: Ending) {
+    pub(crate) fn ended(&self, ending: RequestOutcome) {
         self.endings.add(ending.index());
     }
 
     /// A lock was acquired. Returns whether its durations are in the sample for the recorder.
     pub(crate) fn acquired(&self, path: Path, waited: Duration) -> bool {
-        let number = self.endings.add(Ending::Acquired(path).index());
+        let number = self.endings.add(RequestOutcome::Acquired(path).index());
         let is_in_sample = self.thinning.takes(number);
         self.wait.record_sampled(|| waited.as_secs_f64(), is_in_sample);
         is_in_sample
@@ -175,8 +175,8 @@ impl ClassMetrics {
     }
 
     fn adjust(&self, elapsed: Duration) {
-        let acquired = Ending::ALL.iter().zip(self.endings.all());
-        let acquired = acquired.filter(|(ending, _)| matches!(ending, Ending::Acquired(_)));
+        let acquired = RequestOutcome::ALL.iter().zip(self.endings.all());
+        let acquired = acquired.filter(|(ending, _)| matches!(ending, RequestOutcome::Acquired(_)));
         self.thinning.adjust(acquired.map(|(_, count)| count).sum(), elapsed);
     }
 }
@@ -332,14 +332,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_ending_has_its_place() {
-        for (place, ending) in Ending::ALL.into_iter().enumerate() {
+    fn each_outcome_has_its_index() {
+        for (place, ending) in RequestOutcome::ALL.into_iter().enumerate() {
             assert_eq!(ending.index(), place, "{ending:?}");
         }
     }
 
     #[test]
-    fn beyond_the_limit_all_classes_are_one() {
+    fn classes_beyond_the_limit_are_counted_together() {
         let classes = Classes::new("default", 2);
         let get = |class: &str| classes.get(Some(class), LockMode::Exclusive);
         assert!(classes.get(None, LockMode::Exclusive).is_none() && get("default").is_none());
@@ -367,7 +367,7 @@ mod tests {
         let classes = Classes::new("default", 1);
         let of_each = LockMode::ONE_OF_EACH.map(|mode| classes.get(Some("a"), mode).unwrap());
         assert!(of_each.iter().all(|class| class.number() == 2));
-        of_each[LockMode::Shared.kind()].ended(Ending::Busy);
+        of_each[LockMode::Shared.kind()].ended(RequestOutcome::Busy);
         let counts = of_each.map(|class| class.endings.all().iter().sum::<u64>());
         assert_eq!(counts, [0, 1, 0]);
         for mode in LockMode::ONE_OF_EACH {
@@ -381,13 +381,13 @@ mod tests {
         let classes = Classes::new("default", 1);
         classes.get(Some("a"), LockMode::Exclusive).unwrap();
         assert!(classes.shared.get().is_none() && classes.permits.get().is_none());
-        classes.default_class(LockMode::Shared).ended(Ending::Timeout);
+        classes.default_class(LockMode::Shared).ended(RequestOutcome::Timeout);
         assert!(classes.shared.get().is_some() && classes.permits.get().is_none());
     }
 
     /// Otherwise two handles with the same labels would overwrite each other's gauges.
     #[test]
-    fn class_that_is_called_other_is_that_of_all_others() {
+    fn class_named_other_is_the_class_of_all_others() {
         let classes = Classes::new("default", 2);
         let other = classes.get(Some("other"), LockMode::Exclusive).unwrap();
         assert!(Arc::ptr_eq(&other, &classes.exclusive.other));

@@ -19,7 +19,7 @@ mod tally;
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
-pub(crate) use class::{ClassMetrics, Classes, DEFAULT_CLASS, Ending};
+pub(crate) use class::{ClassMetrics, Classes, DEFAULT_CLASS, RequestOutcome};
 pub(crate) use class_gauges::ClassSnapshot;
 pub use histograms::Histograms;
 #[cfg(feature = "admin")]

@@ -22,7 +22,7 @@ use crate::mode::LockMode;
 /// The kinds of requests to a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RequestKind {
-    AcquireFreely,
+    AcquireFast,
     Acquire,
     Try,
     Release,
@@ -32,7 +32,7 @@ pub(crate) enum RequestKind {
 
 impl RequestKind {
     const ALL: [(Self, &'static str); 6] = [
-        (Self::AcquireFreely, "acquire_free"),
+        (Self::AcquireFast, "acquire_fast"),
         (Self::Acquire, "acquire"),
         (Self::Try, "try"),
         (Self::Release, "release"),
@@ -43,7 +43,7 @@ impl RequestKind {
     /// The name of the step in errors.
     pub(crate) const fn step(self) -> &'static str {
         match self {
-            Self::AcquireFreely | Self::Acquire | Self::Try => "acquire",
+            Self::AcquireFast | Self::Acquire | Self::Try => "acquire",
             Self::Release | Self::Requeue => "release",
             Self::Renew => "renew",
         }

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_has_the_tables_of_the_code() {
+    fn metrics_document_contains_the_tables_of_the_code() {
         for table in [METRICS, AGENT_METRICS].map(as_markdown) {
             assert!(
                 include_str!("../../METRICS.md").contains(&table),

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_all_while_there_are_few_and_an_even_part_of_many() {
+    fn all_samples_are_taken_if_few_and_an_even_part_of_many() {
         let thinning = Thinning::default();
         let taken = |count| (0..count).filter(|&number| thinning.takes(number)).count() as u64;
         assert_eq!(taken(SAMPLES_AT_ONCE), SAMPLES_AT_ONCE);
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_fewer_and_fewer_of_a_burst_before_the_next_look() {
+    fn fewer_samples_of_a_burst_are_taken_before_the_next_adjustment() {
         let thinning = Thinning::default();
         let taken = (0..100 * SAMPLES_AT_ONCE)
             .filter(|&number| thinning.takes(number))

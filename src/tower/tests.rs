@@ -449,7 +449,7 @@ async fn service_that_was_polled_is_the_one_that_is_called() {
 }
 
 #[tokio::test]
-async fn request_that_is_refused_gives_its_place_in_a_limit_back() {
+async fn refused_request_frees_its_place_in_a_concurrency_limit() {
     let locks = manager().await;
     let requests = locks.clone();
     let layer = LockLayer::new(move |job: &Job| Some(requests.try_lock(job.key?)));

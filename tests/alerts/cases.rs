@@ -55,7 +55,7 @@ fn each_alert_fires_in_its_unit_tests_and_is_silent_in_others() {
 }
 
 #[test]
-fn each_recording_rule_gives_its_numbers_in_a_unit_test() {
+fn each_recording_rule_is_covered_by_a_unit_test() {
     super::promtool(&["test", "rules", "recording.test.yml"], None);
     let groups = groups("recording.test.yml");
     for rule in rules::records() {

@@ -31,7 +31,7 @@ fn prometheus_rule_has_the_rules_of_the_files() {
 }
 
 #[test]
-fn prometheus_rule_is_what_its_script_makes() {
+fn prometheus_rule_is_the_output_of_its_script() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let made = Command::new(root.join("scripts/prometheus-rule")).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));

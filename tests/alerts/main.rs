@@ -51,7 +51,7 @@ fn the_configuration_is_valid_and_loads_the_rules() {
 }
 
 #[test]
-fn every_alert_says_how_bad_it_is_and_what_to_do() {
+fn every_alert_has_a_severity_a_summary_and_an_action() {
     for rule in rules::alerts() {
         let severity = rule.label("severity");
         assert!(["critical", "warning"].contains(&severity.as_str()), "{rule:?}");

@@ -100,7 +100,7 @@ fn get(address: SocketAddr, path: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn promtool_has_no_complaint_about_the_metrics_of_a_load() {
+async fn promtool_accepts_the_metrics_of_a_load() {
     let page = Page::of_a_load().await;
     for metric in METRICS {
         let kind = format!("# TYPE {} {:?}\n", metric.name, metric.kind).to_lowercase();

@@ -91,7 +91,7 @@ fn check(selector: &Selector, page: &Page, place: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rules_and_their_tests_are_about_series_that_there_are() {
+async fn rules_and_their_tests_use_existing_series() {
     let page = Page::of_a_load().await;
     for rule in all_rules() {
         let names = promql::names(&rule.expr);

@@ -74,7 +74,7 @@ fn etcd_withstands_each_fault() {
 /// `make chaos`: runs rounds of each kind in turn for the given number of minutes and prints a
 /// report. Does nothing unless `SHARDLOCK_TEST_CHAOS_MINUTES` is set.
 #[test]
-fn chaos_for_as_long_as_asked() {
+fn chaos_for_the_requested_time() {
     let Some(campaign) = Campaign::from_env() else { return };
     let _alone = LANES.each_ref().map(Mutex::lock);
     campaign.run(scene::KINDS, Path::new(KEEP_IN), &Crew::start);

@@ -23,7 +23,7 @@ pub(crate) async fn serve(builder: Builder) -> (LockManager, AdminServer) {
 }
 
 /// Sends these bytes and returns everything received.
-fn say(address: SocketAddr, bytes: &[u8]) -> String {
+fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     // The server may close the connection before it has read everything.
@@ -35,7 +35,7 @@ fn say(address: SocketAddr, bytes: &[u8]) -> String {
 
 /// The status and the body of a page.
 pub(crate) fn get(address: SocketAddr, path: &str) -> (u16, String) {
-    let answer = say(
+    let answer = exchange(
         address,
         format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes(),
     );
@@ -95,9 +95,9 @@ pub(crate) async fn serve_many_locks(me: &worker::Current) {
     for locks in &managers {
         locks.shutdown().await.unwrap();
     }
-    me.say(server.address().to_string());
-    me.say(start.elapsed().as_secs_f64().to_string());
-    while me.hear().is_some() {}
+    me.send(server.address().to_string());
+    me.send(start.elapsed().as_secs_f64().to_string());
+    while me.recv().is_some() {}
 }
 
 /// The lines of a page that contain this text.
@@ -116,7 +116,7 @@ fn values(page: &str, name: &str) -> Vec<f64> {
 
 /// `_count` used to have a sample of the locks above 20,000 per second.
 #[test]
-fn histograms_count_every_lock_however_many_there_are_in_a_second() {
+fn histograms_count_every_lock_at_high_rates() {
     let worker = worker::spawn("endpoint", &[]);
     // A busy machine takes long for so many locks.
     let address = worker.line_within(PATIENCE * 6).expect("the locks were acquired");
@@ -204,7 +204,7 @@ async fn held_locks_are_listed_oldest_first_with_caller_and_waiters() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_truly_hot_keys_are_shown_among_many_and_uncontended_ones_never() {
+async fn hottest_keys_are_shown_and_uncontended_ones_are_not() {
     let builder = LockManager::builder()
         .named_shard("m", "memory://admin-hot")
         .hot_keys(8)
@@ -309,11 +309,11 @@ async fn the_shards_are_shown_with_their_figures_and_without_addresses() {
 }
 
 #[tokio::test]
-async fn only_reading_is_answered_and_only_for_names_of_this_machine() {
+async fn only_reads_with_a_local_host_name_are_answered() {
     let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-limits")).await;
     let address = admin.address();
     let status = |request: &str| {
-        say(address, request.as_bytes())
+        exchange(address, request.as_bytes())
             .lines()
             .next()
             .unwrap_or_default()
@@ -340,7 +340,7 @@ async fn only_reading_is_answered_and_only_for_names_of_this_machine() {
         "HTTP/1.1 200 OK"
     );
     assert_eq!(status("GET /held?a=b HTTP/1.0\r\n\r\n"), "HTTP/1.0 200 OK");
-    let head = say(address, b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let head = exchange(address, b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
     // Malformed and oversized requests are ended.
     assert!(!status("nonsense\r\n\r\n").contains("200"));
@@ -375,7 +375,7 @@ async fn program_can_add_pages_and_replaces_none() {
 }
 
 #[tokio::test]
-async fn connections_that_say_nothing_do_not_keep_others_out_for_long() {
+async fn idle_connections_do_not_block_others_for_long() {
     let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-idle")).await;
     let idle: Vec<_> = (0..40).map(|_| TcpStream::connect(admin.address()).unwrap()).collect();
     // Idle connections are closed after five seconds, 32 at a time.
@@ -384,7 +384,7 @@ async fn connections_that_say_nothing_do_not_keep_others_out_for_long() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_is_a_clear_error_and_a_dropped_endpoint_gives_it_back() {
+async fn address_in_use_is_an_error_and_a_dropped_endpoint_frees_its_address() {
     let (locks, admin) = serve(LockManager::builder().shard("memory://admin-address")).await;
     let address = admin.address();
     let error = Admin::bind_with(address, String::new).unwrap_err();
@@ -400,7 +400,7 @@ async fn an_address_that_is_taken_is_a_clear_error_and_a_dropped_endpoint_gives_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_recorder_that_it_installs_has_all_metrics_with_buckets_and_help() {
+async fn installed_recorder_has_all_metrics_with_buckets_and_help() {
     let admin = Admin::bind(([127, 0, 0, 1], 0).into()).unwrap();
     // A process has only one recorder.
     assert!(matches!(

@@ -43,7 +43,7 @@ pub(crate) async fn count(me: &worker::Current) {
     }
 }
 
-async fn wait_in_vain(locks: &LockManager, limit: Duration) {
+async fn assert_times_out(locks: &LockManager, limit: Duration) {
     let started = Instant::now();
     let error = locks.lock("k").timeout(limit).await.expect_err("the lock is held");
     let took = started.elapsed();
@@ -58,7 +58,7 @@ async fn wait_in_vain(locks: &LockManager, limit: Duration) {
 }
 
 on_each_store! {
-    async fn a_number_that_many_managers_read_and_write_under_the_lock_is_exact(store: &TestStore) {
+    async fn managers_lose_no_updates_under_the_lock(store: &TestStore) {
         let number = Arc::new(AtomicU64::new(0));
         let mut tasks = JoinSet::new();
         for _ in 0..4 {
@@ -82,7 +82,7 @@ on_each_store! {
         assert_eq!(number.load(Ordering::Relaxed), 4 * TASKS * ROUNDS);
     }
 
-    async fn a_held_key_is_held_and_no_other(store: &TestStore) {
+    async fn holding_a_key_locks_only_that_key(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = locks.lock("k").await.expect("lock");
         assert!(guard.is_valid());
@@ -101,7 +101,7 @@ on_each_store! {
         store.is_empty(&locks, "other").await;
     }
 
-    async fn giving_back_a_lost_lock_does_not_free_the_next_holders(store: &TestStore) {
+    async fn release_of_a_lost_lock_does_not_free_the_next_holders_lock(store: &TestStore) {
         let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
         let old = one.lock("k").max_hold(Duration::from_millis(20)).await.expect("lock");
         assert_eq!(soon("the loss", old.lost()).await, LossReason::MaxHold);
@@ -147,7 +147,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn a_try_does_not_pass_those_who_wait(store: &TestStore) {
+    async fn try_does_not_overtake_waiters(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = locks.lock("k").await.expect("lock");
         let waiting = tokio::spawn({
@@ -164,7 +164,7 @@ on_each_store! {
         let (locks, others) = (store.manager().await, store.manager().await);
         let _guard = locks.lock("k").await.expect("lock");
         for limit in [Duration::from_millis(1), Duration::from_millis(20), Duration::from_secs(3)] {
-            tokio::join!(wait_in_vain(&locks, limit), wait_in_vain(&others, limit));
+            tokio::join!(assert_times_out(&locks, limit), assert_times_out(&others, limit));
         }
         until_queued(&locks, "k", 0).await;
     }
@@ -197,7 +197,7 @@ on_each_store! {
         store.is_empty(&locks, "a").await;
     }
 
-    async fn a_guard_can_be_given_back_by_another_task(store: &TestStore) {
+    async fn guard_can_be_released_by_another_task(store: &TestStore) {
         let locks = store.manager().await;
         let guard = locks.lock("k").await.expect("lock");
         tokio::spawn(async move { guard.release().await.expect("release") }).await.expect("a task");
@@ -233,7 +233,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn a_body_that_panics_gives_the_lock_back(store: &TestStore) {
+    async fn panicking_body_releases_the_lock(store: &TestStore) {
         let locks = store.manager().await;
         let body = tokio::spawn({
             let locks = locks.clone();
@@ -257,7 +257,7 @@ on_each_store! {
 on_each_store! {
     on(servers);
 
-    async fn a_number_that_many_processes_read_and_write_under_the_lock_is_exact(store: &TestStore) {
+    async fn processes_lose_no_updates_under_the_lock(store: &TestStore) {
         let resource = RedisServer::start();
         let url = resource.url();
         let mut workers: Vec<_> = (0..4).map(|_| store.worker("counter", &[("SHARDLOCK_TEST_RESOURCE", &url)])).collect();
@@ -267,7 +267,7 @@ on_each_store! {
         assert_eq!(resource.query::<u64>(&["GET", "number"]), 4 * TASKS * ROUNDS);
     }
 
-    async fn an_administrators_deletion_does_not_let_the_old_guard_free_the_new_holders_lock(store: &TestStore) {
+    async fn old_guard_of_a_deleted_lease_does_not_free_the_new_holders_lock(store: &TestStore) {
         let (one, other) = (store.manager().await, store.manager().await);
         let old = one.lock("k").await.expect("lock");
         store.servers().delete(&store.lease("k"));
@@ -284,7 +284,7 @@ on_each_store! {
 on_each_store! {
     on(servers, own);
 
-    async fn a_namespace_is_part_of_every_name_and_keeps_strangers_apart(store: &TestStore) {
+    async fn namespace_prefixes_every_name_and_isolates_managers(store: &TestStore) {
         let builder = |namespace: &str| store.builder().namespace(namespace);
         let one = builder("one/").connect().await.expect("connect");
         let rival = builder("one/").connect().await.expect("connect");
@@ -316,7 +316,7 @@ on_each_store! {
             left.retain(|name| !name.contains("/%") && !name.contains("/in:"));
             left
         };
-        if store.kind().tidies_up_later() {
+        if store.kind().cleans_up_later() {
             until("nothing is left", async || left().is_empty()).await;
         }
         assert_eq!(left(), [""; 0]);
@@ -351,8 +351,8 @@ async fn locks_work_through_a_unix_socket() {
 
 /// Regression: parallel tests in one process that all used `memory://` shared its keys.
 #[tokio::test(start_paused = true)]
-async fn memory_without_a_name_is_one_managers_own() {
-    let connect = async |url: &str| LockManager::connect(url).await.expect("connect");
+async fn unnamed_memory_is_private_to_its_manager() {
+    let connect = async |url: &str| support_locks::connect(url).await;
     let (one, other) = (connect("memory://").await, connect("memory://").await);
     let (first, second) = (lock(&one, "k").await, lock(&other, "k").await);
     assert!(first.is_valid() && second.is_valid());
@@ -366,7 +366,7 @@ async fn memory_without_a_name_is_one_managers_own() {
 /// Regression: with tokio's clock paused, which advances to the next timer whenever the runtime is
 /// idle, connecting timed out at once.
 async fn works_with_a_paused_clock(url: &str) {
-    let locks = LockManager::connect(url).await.expect("connect");
+    let locks = support_locks::connect(url).await;
     lock(&locks, "free").await.release().await.expect("release");
     let guard = lock(&locks, "k").await;
     let next = tokio::spawn({

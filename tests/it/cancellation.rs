@@ -40,7 +40,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn a_request_that_is_never_polled_asks_for_nothing(store: &TestStore) {
+    async fn request_that_is_never_polled_has_no_effect(store: &TestStore) {
         let locks = store.manager().await;
         drop(locks.lock("k"));
         drop(locks.lock("k").into_future());
@@ -49,7 +49,7 @@ on_each_store! {
         assert_eq!((seen.holder, seen.queue_length, seen.last_token), (None, 0, None));
     }
 
-    async fn a_queued_waiter_that_goes_away_leaves_the_queue(store: &TestStore) {
+    async fn aborted_waiter_leaves_the_queue(store: &TestStore) {
         let (locks, others, last) = (store.manager().await, store.manager().await, store.manager().await);
         let guard = lock(&locks, "k").await;
         let leaving = tokio::spawn({
@@ -141,7 +141,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn limits_that_end_in_the_moment_of_the_hand_off_strand_nobody(store: &TestStore) {
+    async fn timeouts_that_race_with_hand_offs_leave_the_lock_usable(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let mut tasks = JoinSet::new();
         for index in 0..24_u64 {
@@ -171,7 +171,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn a_request_without_time_comes_back_at_once(store: &TestStore) {
+    async fn request_with_a_zero_timeout_returns_at_once(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = lock(&locks, "k").await;
         for waiter in [&locks, &others] {
@@ -187,7 +187,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn a_dropped_body_gives_the_lock_back(store: &TestStore) {
+    async fn dropped_body_releases_the_lock(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let (begun, has_begun) = tokio::sync::oneshot::channel();
         let body = tokio::spawn({
@@ -207,7 +207,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn a_release_that_is_dropped_gives_the_lock_back(store: &TestStore) {
+    async fn dropped_release_still_releases_the_lock(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         for polls in 0..6 {
             let guard = lock(&locks, "k").await;

@@ -45,14 +45,14 @@ pub(crate) fn use_many_keys(me: &worker::Current) {
             ended.expect("a task");
         }
     });
-    me.say("used");
-    me.hear();
+    me.send("used");
+    me.recv();
     drop(locks);
     let metrics = runtime.handle().metrics();
     wait_until("no task is left", PATIENCE, || metrics.num_alive_tasks() == 0);
     wait_until("no thread is left", PATIENCE, || threads_of_managers() == 0);
-    me.say("gone");
-    me.hear();
+    me.send("gone");
+    me.recv();
 }
 
 /// Number of background threads of managers in this process.
@@ -164,11 +164,11 @@ on_each_store! {
         thread::scope(|scope| scope.spawn(|| use_an_idle_runtimes_manager(store)).join()).expect("a thread");
     }
 
-    async fn a_runtime_that_is_dropped_gives_its_locks_back(store: &TestStore) {
+    async fn dropped_runtime_releases_its_locks(store: &TestStore) {
         end_a_runtime(store, drop);
     }
 
-    async fn a_runtime_that_is_shut_down_in_the_background_gives_its_locks_back(store: &TestStore) {
+    async fn runtime_shut_down_in_the_background_releases_its_locks(store: &TestStore) {
         end_a_runtime(store, Runtime::shutdown_background);
     }
 
@@ -253,7 +253,7 @@ on_each_store! {
         }
     }
 
-    async fn a_shutdown_that_is_dropped_goes_on(store: &TestStore) {
+    async fn dropped_shutdown_continues_in_the_background(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = lock(&locks, "k").await;
         let mut closing = Box::pin(locks.shutdown());
@@ -296,7 +296,7 @@ on_each_store! {
 on_each_store! {
     on(servers, own);
 
-    async fn after_many_keys_only_counters_are_left_and_after_the_end_no_task_thread_or_channel(store: &TestStore) {
+    async fn manager_leaves_only_counters_and_no_task_thread_or_channel(store: &TestStore) {
         let nodes = store.servers().nodes();
         let before: usize = nodes.iter().map(|node| node.connections()).sum();
         let keys = store.kind().many_keys().to_string();
@@ -318,7 +318,7 @@ on_each_store! {
         assert!(user.wait().success());
     }
 
-    async fn after_a_shutdown_nobody_listens_once_the_handles_are_gone(store: &TestStore) {
+    async fn shut_down_managers_leave_no_inbox_or_connection(store: &TestStore) {
         let connections = || -> usize { store.servers().nodes().iter().map(|node| node.connections()).sum() };
         let listeners = || store.servers().inboxes(store.namespace());
         let before = connections();
@@ -344,7 +344,7 @@ on_each_store! {
         let locks = store.builder().store_timeout(Duration::from_millis(600)).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn(locks.lock("k").into_future());
-        store.servers().stand_still();
+        store.servers().stop_all();
         let started = Instant::now();
         let error = soon("the shutdown", locks.shutdown()).await.expect_err("nothing was released");
         assert!(error.leases() >= 1, "{error}");
@@ -352,7 +352,7 @@ on_each_store! {
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
         let error = soon("the waiter", waiting).await.expect("a task").expect_err("the manager is closed");
         assert!(error.kind() == LockErrorKind::Closed, "{error}");
-        store.servers().go_on();
+        store.servers().resume_all();
         // Requests already sent are executed once the servers are resumed.
         until("the lock is released", async || store.lock_keys().is_empty()).await;
     }

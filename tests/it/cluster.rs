@@ -47,11 +47,11 @@ async fn is_empty(cluster: &Cluster) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn keys_of_all_shapes_are_locked_handed_on_and_given_back() {
+async fn keys_of_all_shapes_are_locked_handed_off_and_released() {
     let cluster = Cluster::start(3, 0);
     // Each names a different node, and discovers the others.
-    let one = LockManager::connect(&cluster.url_of(0)).await.expect("connect");
-    let other = LockManager::connect(&cluster.url_of(1)).await.expect("connect");
+    let one = support_locks::connect(&cluster.url_of(0)).await;
+    let other = support_locks::connect(&cluster.url_of(1)).await;
     let long = "x".repeat(512);
     let keys = [
         "plain",
@@ -224,7 +224,7 @@ async fn shared_leases_and_permits_survive_while_the_slot_moves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_subscription_is_back_and_nobody_waits_in_vain() {
+async fn waiter_is_served_after_a_lost_subscription() {
     let cluster = Cluster::start(3, 0);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);
     let key = key_on(&cluster, 1);
@@ -246,7 +246,7 @@ async fn a_lost_subscription_is_back_and_nobody_waits_in_vain() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_primary_costs_nobody_a_lock_that_its_replica_has() {
+async fn lock_known_to_a_replica_survives_the_death_of_its_primary() {
     let cluster = Cluster::start(3, 3);
     let one = builder(&cluster)
         .min_replicas_acked(1)
@@ -280,7 +280,7 @@ async fn a_dead_primary_costs_nobody_a_lock_that_its_replica_has() {
 
 /// The renewal that would discover the loss is minutes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() {
+async fn lingering_lease_lost_in_a_failover_is_not_reused() {
     const LONG: Duration = Duration::from_secs(3600);
     let cluster = Cluster::start(3, 3);
     let other = connect(&cluster).await;
@@ -308,7 +308,7 @@ async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_primary_that_hangs_is_left_when_its_replica_takes_over() {
+async fn hung_primary_is_abandoned_when_its_replica_takes_over() {
     let cluster = Cluster::start(3, 3);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);
     let key = key_on(&cluster, 2);
@@ -364,7 +364,7 @@ async fn connections_that_fall_silent_are_replaced_and_a_held_lock_stays_held() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscription_that_falls_silent_is_made_anew() {
+async fn silent_subscription_is_replaced() {
     let cluster = Cluster::start(1, 0);
     let node = &cluster.nodes()[0];
     let (proxy, waiter) = behind_a_proxy(&cluster, Duration::from_secs(30)).await;
@@ -386,7 +386,7 @@ async fn a_subscription_that_falls_silent_is_made_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
+async fn requests_for_a_migrating_slot_are_retried_until_it_has_moved() {
     let cluster = Cluster::start(3, 0);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);
     let key = key_on(&cluster, 0);
@@ -471,13 +471,13 @@ async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connecting_needs_one_node_and_says_what_is_wrong() {
+async fn connect_needs_one_reachable_node_and_explains_failures() {
     let cluster = Cluster::start(3, 0);
     let (nobody, alone) = (RedisServer::start(), RedisServer::start());
     nobody.kill();
     // The first host is down, the others are up.
     let url = format!("redis+cluster://{},{}", nobody.address(), cluster.nodes()[1].address());
-    let locks = LockManager::connect(&url).await.expect("connect");
+    let locks = support_locks::connect(&url).await;
     lock(&locks, "k").await.release().await.expect("release");
 
     let error = LockManager::connect(&format!("redis+cluster://{}", nobody.address()))
@@ -516,14 +516,12 @@ async fn connecting_needs_one_node_and_says_what_is_wrong() {
             "{error}"
         );
     }
-    let locks = LockManager::connect(&closed.url().replace("://", "://:hunter2@"))
-        .await
-        .expect("connect");
+    let locks = support_locks::connect(&closed.url().replace("://", "://:hunter2@")).await;
     lock(&locks, "k").await.release().await.expect("release");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_of_a_wrong_type_and_forgotten_scripts() {
+async fn wrong_key_types_are_refused_and_flushed_scripts_are_reloaded() {
     let cluster = Cluster::start(3, 0);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);
     let key = key_on(&cluster, 2);
@@ -550,7 +548,7 @@ async fn a_key_of_a_wrong_type_and_forgotten_scripts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn too_few_replicas_are_an_error_in_words_and_nothing_stays() {
+async fn too_few_replicas_are_an_error_that_leaves_nothing() {
     let cluster = Cluster::start(3, 0);
     let locks = LockManager::builder().shard(cluster.url()).min_replicas_acked(1);
     let locks = locks.connect().await.expect("connect");
@@ -561,7 +559,7 @@ async fn too_few_replicas_are_an_error_in_words_and_nothing_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leases_elsewhere_live_on_while_a_node_is_dead_or_hangs() {
+async fn leases_on_other_nodes_survive_a_dead_or_hung_node() {
     // With two of five nodes gone, the others are still a majority.
     let cluster = Cluster::start_with(5, 0, &["--cluster-require-full-coverage", "no"]);
     let ttl = Duration::from_secs(3);
@@ -584,7 +582,7 @@ async fn leases_elsewhere_live_on_while_a_node_is_dead_or_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
+async fn tokens_grow_after_the_failover_to_a_lagging_replica() {
     let cluster = Cluster::start(3, 3);
     let locks = connect(&cluster).await;
     let key = key_on(&cluster, 0);
@@ -611,7 +609,7 @@ async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
 
 /// As in containers, where nodes announce addresses that are only reachable inside.
 #[tokio::test]
-async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
+async fn error_of_an_announced_address_names_its_origin() {
     let cluster = Cluster::start(1, 0);
     let node = &cluster.nodes()[0];
     let port = support::free_port().to_string();

@@ -31,27 +31,27 @@ const ASKING_MAX: Duration = Duration::from_secs(120);
 /// reports the milliseconds until a lock was acquired.
 #[cfg(target_os = "linux")]
 #[tokio::main]
-pub(crate) async fn ask_for_ever_new_keys(me: &worker::Current) {
+pub(crate) async fn request_new_keys_forever(me: &worker::Current) {
     let locks = builder_of(me)
         .store_timeout(Duration::from_millis(500))
         .connect()
         .await
         .expect("connect");
     lock(&locks, "first").await.release().await.expect("release");
-    me.say("connected");
-    assert_eq!(me.hear().as_deref(), Some("begin"));
+    me.send("connected");
+    assert_eq!(me.recv().as_deref(), Some("begin"));
     let before = resident_kib("VmRSS:");
-    ask_until_many_failed(&locks).await;
-    ask_until_one_is_refused(&locks).await;
-    me.say(resident_kib("VmHWM:").saturating_sub(before).to_string());
-    assert_eq!(me.hear().as_deref(), Some("they go on"));
+    request_until_many_failed(&locks).await;
+    request_until_one_is_refused(&locks).await;
+    me.send(resident_kib("VmHWM:").saturating_sub(before).to_string());
+    assert_eq!(me.recv().as_deref(), Some("resumed"));
     let begun = Instant::now();
     let _last = lock(&locks, "last").await;
-    me.say(begun.elapsed().as_millis().to_string());
+    me.send(begun.elapsed().as_millis().to_string());
 }
 
 #[cfg(target_os = "linux")]
-async fn ask_until_many_failed(locks: &LockManager) {
+async fn request_until_many_failed(locks: &LockManager) {
     let failed = Arc::new(AtomicU64::new(0));
     let mut askers = JoinSet::new();
     for asker in 0..ASKERS {
@@ -80,7 +80,7 @@ async fn ask_until_many_failed(locks: &LockManager) {
 
 /// Each request waits until the servers return, so the limit is reached on a slow machine too.
 #[cfg(target_os = "linux")]
-async fn ask_until_one_is_refused(locks: &LockManager) {
+async fn request_until_one_is_refused(locks: &LockManager) {
     let mut askers = JoinSet::new();
     for asker in 0..ASKERS {
         let locks = locks.clone();
@@ -111,18 +111,18 @@ on_each_store! {
 
     /// Regression: each request left behind a task with a half-open connection, 66 KB each.
     #[cfg(target_os = "linux")]
-    async fn a_server_that_hangs_costs_bounded_memory_and_its_locks_are_had_soon_after(store: &TestStore) {
+    async fn hung_server_costs_bounded_memory_and_locks_soon_after_recovery(store: &TestStore) {
         let mut asker = store.worker("asker", &[]);
         assert_eq!(asker.line(), "connected");
         let servers = store.keep_servers();
-        servers.stand_still();
+        servers.stop_all();
         asker.send("begin");
         let grown_kib = asker.line_within(2 * ASKING_MAX).expect("the growth");
         let grown_kib: u64 = grown_kib.parse().expect("a number");
         println!("memory grew by {grown_kib} KiB");
         assert!(grown_kib < 700 * 1024, "{grown_kib} KiB");
-        servers.go_on();
-        asker.send("they go on");
+        servers.resume_all();
+        asker.send("resumed");
         // A manager that has left nothing behind needs some time as well, on a busy machine more.
         let begun = Instant::now();
         until("a new manager has a lock", async || {
@@ -142,7 +142,7 @@ on_each_store! {
 on_each_store! {
     on(pausable, own);
 
-    async fn a_killed_server_is_an_error_in_time_and_a_loss_in_time_and_its_restart_mends_it(store: &TestStore) {
+    async fn killed_server_is_an_error_and_a_loss_in_time_until_it_restarts(store: &TestStore) {
         let servers = store.servers();
         let builder = store.builder().ttl(store.short_ttl());
         let locks = builder.store_timeout(Duration::from_secs(1)).connect().await.expect("connect");
@@ -207,7 +207,7 @@ on_each_store! {
         store.is_tidy().await;
     }
 
-    async fn a_request_survives_an_outage_for_as_long_as_it_may_wait(store: &TestStore) {
+    async fn request_survives_an_outage_up_to_its_timeout(store: &TestStore) {
         let (servers, limit) = (store.servers(), Duration::from_secs(1));
         let builder = || store.builder().store_timeout(limit);
         let (locks, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
@@ -244,23 +244,23 @@ on_each_store! {
         store.is_clean().await;
     }
 
-    async fn a_stall_shorter_than_the_store_timeout_strands_nobody(store: &TestStore) {
+    async fn stall_shorter_than_the_store_timeout_is_no_error(store: &TestStore) {
         let servers = store.servers();
         let locks = store.manager().await;
         for _ in 0..5 {
-            servers.stand_still();
+            servers.stop_all();
             let acquiring = tokio::spawn({
                 let locks = locks.clone();
                 async move { lock(&locks, "k").await }
             });
             // Both replies are delayed, whichever request the stall hits.
             tokio::time::sleep(Duration::from_millis(60)).await;
-            servers.go_on();
+            servers.resume_all();
             let guard = soon("the lock", acquiring).await.expect("a task");
-            servers.stand_still();
+            servers.stop_all();
             let releasing = tokio::spawn(guard.release());
             tokio::time::sleep(Duration::from_millis(60)).await;
-            servers.go_on();
+            servers.resume_all();
             soon("the release", releasing).await.expect("a task").expect("release");
         }
         store.is_tidy().await;
@@ -275,7 +275,7 @@ on_each_store! { on(redis etcd, own);
         let builder = store.builder().store_timeout(limit);
         let locks = builder.connect().await.expect("connect");
         lock(&locks, "k").await.release().await.expect("release");
-        servers.stand_still();
+        servers.stop_all();
         let started = Instant::now();
         let error = soon("an error", locks.lock("k").into_future())
             .await
@@ -292,7 +292,7 @@ on_each_store! { on(redis etcd, own);
         let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
         assert!(error.is_timeout(), "{error}");
 
-        servers.go_on();
+        servers.resume_all();
         // Whatever those requests did after all is undone: no waiter waits for the TTL of ten
         // seconds.
         let started = Instant::now();
@@ -337,7 +337,7 @@ on_each_store! {
         store.is_tidy().await;
     }
 
-    async fn a_subscription_that_is_cut_off_and_made_again_is_counted(store: &TestStore) {
+    async fn subscription_reconnects_are_counted(store: &TestStore) {
         let measured = Measured::connect(store.builder()).await;
         let reconnects = || measured.value("shardlock_subscription_reconnects_total");
         // In a cluster, a manager has an inbox only once it has waited.
@@ -351,7 +351,7 @@ on_each_store! {
         assert_eq!(reconnects(), cut);
     }
 
-    async fn a_broken_command_connection_is_replaced_unseen(store: &TestStore) {
+    async fn broken_command_connection_is_replaced_without_an_error(store: &TestStore) {
         let servers = store.servers();
         let (one, other) = (store.manager().await, store.manager().await);
         let guard = lock(&one, "held").await;
@@ -367,7 +367,7 @@ on_each_store! {
         store.is_empty(&one, "held").await;
     }
 
-    async fn forgotten_scripts_are_never_seen(store: &TestStore) {
+    async fn flushed_scripts_are_reloaded_without_an_error(store: &TestStore) {
         let builder = || store.builder().ttl(store.short_ttl()).max_burst(2);
         let over = Arc::new(AtomicBool::new(false));
         let flushing = std::thread::spawn({
@@ -436,7 +436,7 @@ pub(crate) fn named(server: &RedisServer, purpose: &str) -> Vec<String> {
 on_each_store! {
     on(redis_nodes, own);
 
-    async fn a_server_that_takes_no_more_connections_costs_no_lock_and_says_so(store: &TestStore) {
+    async fn connection_limit_of_a_server_loses_no_lock_and_is_reported(store: &TestStore) {
         let nodes = store.servers().nodes();
         let ttl = Duration::from_secs(1);
         let locks = store.builder().ttl(ttl).connections(1).connect().await.expect("connect");
@@ -471,7 +471,7 @@ on_each_store! {
 }
 
 #[tokio::test]
-async fn connections_have_names_that_say_what_they_are_for() {
+async fn connection_names_state_their_purpose() {
     let server = RedisServer::start();
     let locks = LockManager::builder()
         .shard(server.url())
@@ -486,9 +486,9 @@ async fn connections_have_names_that_say_what_they_are_for() {
 /// Regression: a task may have started a request and then be busy with something else, for example
 /// in a `select!` whose other branch is running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_that_nobody_polls_keeps_nobody_from_connecting() {
+async fn unpolled_request_does_not_block_reconnection() {
     let server = RedisServer::start();
-    let locks = LockManager::connect(&server.url()).await.expect("connect");
+    let locks = support_locks::connect(&server.url()).await;
     server.kill();
     locks.lock("{one}x").await.expect_err("the server does not answer");
     // In the same slot, and thus on the same connection.
@@ -522,11 +522,11 @@ async fn a_lease_outlives_connections_that_fall_silent() {
 /// Commands are answered but published messages never arrive. The waiter would only notice the free
 /// lock when it asks every ten seconds, forever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_inbox_that_falls_silent_is_subscribed_anew() {
+async fn silent_inbox_is_resubscribed() {
     let server = RedisServer::start();
     let proxy = Proxy::start(server.address());
-    let holder = LockManager::connect(&server.url()).await.expect("connect");
-    let waiter = LockManager::connect(&proxy.url()).await.expect("connect");
+    let holder = support_locks::connect(&server.url()).await;
+    let waiter = support_locks::connect(&proxy.url()).await;
     let before = server.subscribers();
     assert_eq!(before.len(), 2);
     proxy.silence();
@@ -550,13 +550,13 @@ async fn an_inbox_that_falls_silent_is_subscribed_anew() {
 
 /// The server executes requests, but its replies arrive late or never.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody() {
+async fn stalled_acquire_of_a_free_key_leaves_the_key_usable() {
     let server = RedisServer::start();
     let proxy = Proxy::start(server.address());
     let limit = Duration::from_millis(400);
     let builder = LockManager::builder().shard(proxy.url()).store_timeout(limit);
     let locks = builder.connect().await.expect("connect");
-    let others = LockManager::connect(&server.url()).await.expect("connect");
+    let others = support_locks::connect(&server.url()).await;
     // The manager's first lock stores the shard map.
     lock(&locks, "other").await.release().await.expect("release");
     for round in 0..8 {

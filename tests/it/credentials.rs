@@ -171,7 +171,7 @@ async fn password_file_that_is_missing_is_an_error_at_the_start_and_an_outage_la
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn callback_is_asked_for_each_connection() {
+async fn callback_is_called_for_each_connection() {
     let server = server_with_user();
     let (calls, current) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(PASSWORD)));
     let address = server.address();

@@ -145,7 +145,7 @@ async fn insert_or_update_touches_no_row_with_a_larger_token() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn trigger_fences_statements_that_know_nothing_of_tokens() {
+async fn trigger_fences_statements_without_a_token_check() {
     let (_postgres, mut database) = database().await;
     let locks = LockManager::connect("memory://").await.unwrap();
     let (old, new) = tokens(&locks).await;

@@ -125,11 +125,11 @@ async fn late_requests_on_replaced_connections_of_a_cluster_take_no_lock() {
 
 /// Simulates a late acquire of a finished cycle.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lease_that_nobody_holds_is_given_back_when_it_is_wanted() {
+async fn lease_without_a_holder_is_released_when_the_key_is_requested() {
     let server = RedisServer::start();
     let (locks, others) = (
-        LockManager::connect(&server.url()).await.expect("connect"),
-        LockManager::connect(&server.url()).await.expect("connect"),
+        support_locks::connect(&server.url()).await,
+        support_locks::connect(&server.url()).await,
     );
     for key in ["unused", "in-use"] {
         let guard = lock(&locks, key).await;

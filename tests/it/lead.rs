@@ -19,13 +19,13 @@ pub(crate) async fn campaign(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).connect().await.expect("connect");
     let body = async |term: &LockGuard| {
-        let _ended = OnDrop(|| me.say("ended"));
-        me.say(term.token().to_string());
+        let _ended = OnDrop(|| me.send("ended"));
+        me.send(term.token().to_string());
         loop {
             // Ready again and again, so that the body has something to do after a pause.
             tokio::time::sleep(Duration::from_millis(1)).await;
             if !term.is_valid() {
-                me.say("stale");
+                me.send("stale");
             }
         }
     };
@@ -115,7 +115,7 @@ on_each_store! {
         assert!(tokens.is_sorted_by(|one, next| one < next), "{tokens:?}");
     }
 
-    async fn a_leader_is_seen_by_others_and_followed_when_its_body_returns(store: &TestStore) {
+    async fn leader_is_visible_to_others_and_succeeded_when_its_body_returns(store: &TestStore) {
         let (one, other) = (store.manager().await, store.manager().await);
         let value = one.lead("k", async |term: &LockGuard| {
             let holder = other.inspect("k").await.expect("inspect").holder.expect("a holder");
@@ -159,7 +159,7 @@ on_each_store! {
     }
 
     /// The limits of the manager are for other locks.
-    async fn leader_leads_for_longer_than_the_manager_allows_others_to_hold(store: &TestStore) {
+    async fn leadership_ignores_max_hold_and_timeout_of_the_manager(store: &TestStore) {
         let limit = Duration::from_millis(50);
         let builder = store.builder().max_hold(limit).timeout(limit);
         let locks = builder.connect().await.expect("connect");
@@ -176,7 +176,7 @@ on_each_store! {
 on_each_store! {
     on(redis etcd);
 
-    async fn killed_leader_is_followed_within_its_ttl(store: &TestStore) {
+    async fn killed_leader_is_succeeded_within_its_ttl(store: &TestStore) {
         let watcher = store.manager().await;
         let mut candidates = candidates(store, 3);
         until_queued(&watcher, "k", 2).await;
@@ -274,7 +274,7 @@ on_each_store! {
 
 #[tokio::test]
 async fn invalid_keys_and_ttls_end_the_election_at_once() {
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = support_locks::connect("memory://").await;
     let body = async |_: &LockGuard| panic!("the body must not run");
     let error = soon("the error", locks.lead("", body))
         .await
@@ -297,7 +297,7 @@ async fn named_body(term: &LockGuard) -> u64 {
 /// capture and keep it and the guard across an await.
 #[tokio::test]
 async fn bodies_of_leaders_can_be_spawned() {
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = support_locks::connect("memory://").await;
     let other = locks.clone();
     let named = tokio::spawn(async move { other.lead("k", named_body).await });
     assert!(named.await.expect("a task").expect("lead") > 0);

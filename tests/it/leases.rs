@@ -36,7 +36,7 @@ on_each_store! {
 
     /// The queue is deleted as well, so a renewal can't discover the waiter. The health check of
     /// the shard, every three seconds, does.
-    async fn waiter_on_an_emptied_server_asks_again_after_the_next_probe(store: &TestStore) {
+    async fn waiter_on_an_emptied_server_retries_after_the_next_probe(store: &TestStore) {
         let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
         let holder = builder().connect().await.expect("connect");
         let other = builder().connect().await.expect("connect");
@@ -66,7 +66,7 @@ on_each_store! {
         soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
     }
 
-    async fn loss_is_not_told_of_a_lock_that_is_held_or_given_back(store: &TestStore) {
+    async fn no_loss_is_reported_for_a_held_or_released_lock(store: &TestStore) {
         let locks = store.short_lived_manager().await;
         let guard = lock(&locks, "k").await;
         let told = tokio::time::timeout(2 * store.short_ttl(), guard.lost()).await;
@@ -82,7 +82,7 @@ on_each_store! {
         assert_eq!(seen.await.expect("the lock"), None);
     }
 
-    async fn asking_after_the_loss_answers_at_once(store: &TestStore) {
+    async fn lost_completes_at_once_after_the_loss(store: &TestStore) {
         let locks = store.short_lived_manager().await;
         let guard = locks.lock("k").max_hold(Duration::from_millis(10)).await.expect("lock");
         soon("the loss", guard.lost()).await;
@@ -95,7 +95,7 @@ on_each_store! {
         assert!(error.is_lost(), "{error}");
     }
 
-    async fn a_cap_on_the_holding_time_ends_the_renewal(store: &TestStore) {
+    async fn max_hold_ends_the_renewal(store: &TestStore) {
         let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
         let cap = store.short_ttl() * 2;
         let started = Instant::now();
@@ -110,7 +110,7 @@ on_each_store! {
         next.release().await.expect("release");
     }
 
-    async fn a_cap_on_the_holding_time_is_each_guards_own(store: &TestStore) {
+    async fn max_hold_of_a_guard_does_not_apply_to_the_next(store: &TestStore) {
         let locks = store.short_lived_manager().await;
         for _ in 0..3 {
             let capped = locks.lock("k").max_hold(Duration::from_secs(60)).await.expect("lock");
@@ -126,7 +126,7 @@ on_each_store! {
     /// Regression: a lease that was handed off kept the TTL of its previous owner. After a holder
     /// with a TTL of ten minutes, the key of a killed holder that had requested one second stayed
     /// locked for ten minutes.
-    async fn lease_that_is_passed_on_lasts_as_long_as_its_new_owner_asked_for(store: &TestStore) {
+    async fn handed_off_lease_has_the_ttl_of_its_new_owner(store: &TestStore) {
         let (long, short) = (store.manager().await, store.short_lived_manager().await);
         let guard = lock(&long, "k").await;
         let waiting = tokio::spawn(async move { lock(&short, "k").await });
@@ -141,7 +141,7 @@ on_each_store! {
         guard.release().await.expect("release");
     }
 
-    async fn a_guard_that_is_dropped_gives_its_lock_back(store: &TestStore) {
+    async fn dropped_guard_releases_its_lock(store: &TestStore) {
         let (one, other) = (store.manager().await, store.manager().await);
         // The default TTL is 10 seconds, and no waiter waits for it.
         let guard = lock(&one, "k").await;
@@ -188,7 +188,7 @@ on_each_store! {
 
 /// Kills the holder. The first of three waiting managers gets the lock within the TTL, and the
 /// others keep waiting.
-async fn a_killed_holder_is_followed(store: &TestStore, count: impl FnOnce(), counted: impl FnOnce()) {
+async fn assert_killed_holder_is_succeeded(store: &TestStore, count: impl FnOnce(), counted: impl FnOnce()) {
     let mut holder = store.locker();
     holder.lock();
     let (watcher, mut waiting) = (store.manager().await, Vec::new());
@@ -233,47 +233,48 @@ on_each_store! {
         assert!(holder.wait().success());
     }
 
-    async fn the_lock_of_a_killed_process_goes_to_the_next_one_alone_within_the_ttl(store: &TestStore) {
-        a_killed_holder_is_followed(store, || {}, || {}).await;
+    async fn lock_of_a_killed_process_goes_to_one_waiter_within_the_ttl(store: &TestStore) {
+        assert_killed_holder_is_succeeded(store, || {}, || {}).await;
     }
 
-    async fn a_deleted_lease_is_told_at_the_next_renewal_and_waiters_go_on(store: &TestStore) {
-        taken_away(store, || store.servers().delete(&store.lease("k"))).await;
+    async fn deleted_lease_is_reported_at_the_next_renewal_and_waiters_are_served(store: &TestStore) {
+        assert_taken_lease_is_reported(store, || store.servers().delete(&store.lease("k"))).await;
     }
 }
 
 on_each_store! {
     on(foreign);
 
-    async fn a_lease_taken_by_an_administrator_is_told_at_the_next_renewal_and_waiters_go_on(store: &TestStore) {
+    async fn overwritten_lease_is_reported_at_the_next_renewal_and_waiters_are_served(store: &TestStore) {
         let short = Duration::from_millis(700);
-        taken_away(store, || store.servers().overwrite(&store.lease("k"), "maintenance", short)).await;
+        let overwrite = || store.servers().overwrite(&store.lease("k"), "maintenance", short);
+        assert_taken_lease_is_reported(store, overwrite).await;
     }
 }
 
 on_each_store! {
     on(servers, own);
 
-    async fn a_flushed_server_is_told_at_the_next_renewal_and_waiters_go_on(store: &TestStore) {
-        taken_away(store, || store.servers().flush()).await;
+    async fn flushed_server_is_reported_at_the_next_renewal_and_waiters_are_served(store: &TestStore) {
+        assert_taken_lease_is_reported(store, || store.servers().flush()).await;
     }
 }
 
 on_each_store! {
     on(counted, own);
 
-    async fn the_death_of_a_holder_wakes_nobody_but_the_next(store: &TestStore) {
+    async fn death_of_a_holder_wakes_only_the_next_waiter(store: &TestStore) {
         let server = store.server();
         // If the holder had renewed since, each waiter may have sent one request at the end of the
         // TTL it knew of. No waiter was woken.
         let counted = || assert!(server.publishes() <= 3, "{:?}", server.commands());
-        a_killed_holder_is_followed(store, || server.reset_stats(), counted).await;
+        assert_killed_holder_is_succeeded(store, || server.reset_stats(), counted).await;
     }
 }
 
 /// Takes the lock away with `steal`. The holder is notified at its next renewal, and the waiters
 /// are served.
-async fn taken_away(store: &TestStore, steal: impl FnOnce()) {
+async fn assert_taken_lease_is_reported(store: &TestStore, steal: impl FnOnce()) {
     let connect = || store.builder().ttl(Duration::from_secs(2)).connect();
     let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
     let guard = lock(&one, "k").await;
@@ -308,17 +309,17 @@ async fn taken_away(store: &TestStore, steal: impl FnOnce()) {
 on_each_store! {
     on(pausable, own);
 
-    async fn a_failed_renewal_with_lease_left_is_no_loss(store: &TestStore) {
+    async fn failed_renewal_before_the_lease_expires_is_no_loss(store: &TestStore) {
         let ttl = Duration::from_secs(3);
         let builder = store.builder().ttl(ttl).store_timeout(ttl / 10);
         let locks = builder.connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         for _ in 0..2 {
             // All renewals fail for half of the TTL. That is about three, with time left for more.
-            store.servers().stand_still();
+            store.servers().stop_all();
             let lost = tokio::time::timeout(ttl / 2, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid());
-            store.servers().go_on();
+            store.servers().resume_all();
             eventually("a renewal succeeds", PATIENCE, || guard.remaining() > ttl * 4 / 5).await;
         }
         // In a quorum, renewals are also sent to nodes considered dead. Other requests wait until
@@ -327,7 +328,7 @@ on_each_store! {
         guard.release().await.expect("the lock was held throughout");
     }
 
-    async fn a_loss_is_told_before_the_lease_can_be_anybody_elses(store: &TestStore) {
+    async fn loss_is_reported_before_another_manager_can_get_the_lease(store: &TestStore) {
         // A longer TTL widens the margin between the report of the loss and the end of the lease:
         // the drift allowance, and the time since the last renewal.
         let ttl = Duration::from_secs(3);
@@ -348,10 +349,10 @@ on_each_store! {
         let cut = async {
             // Renewals get no reply for a whole TTL, and the waiter retries as soon as the server
             // is resumed.
-            store.servers().stand_still();
+            store.servers().stop_all();
             tokio::time::sleep(ttl).await;
             assert!(!guard.is_valid(), "the local clock is enough");
-            store.servers().go_on();
+            store.servers().resume_all();
         };
         let ((reason, lost_at), ()) = soon("the loss", async { tokio::join!(lost, cut) }).await;
         assert_eq!(reason, LossReason::Expired);
@@ -369,7 +370,7 @@ on_each_store! {
 
 /// The outage lasts longer than the default TTL; this lease lasts an hour.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server_is_there_again() {
+async fn failed_release_of_a_long_lease_is_retried_when_the_server_returns() {
     let server = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let ttl = Duration::from_millis(200);
     let builder = LockManager::builder().shard(server.url()).ttl(ttl);
@@ -380,51 +381,51 @@ async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server
     // Releases fail during this time.
     tokio::time::sleep(3 * ttl).await;
     server.restart();
-    let other = LockManager::connect(&server.url()).await.expect("connect");
+    let other = support_locks::connect(&server.url()).await;
     lock(&other, "k").await.release().await.expect("release");
 }
 
 /// A waker that calls the manager when it is woken and when it is dropped, as foreign code may.
-struct Asking {
+struct ManagerCaller {
     locks: LockManager,
-    asked: mpsc::Sender<&'static str>,
+    called: mpsc::Sender<&'static str>,
 }
 
-impl Asking {
+impl ManagerCaller {
     fn waker(locks: &LockManager) -> (Waker, mpsc::Receiver<&'static str>) {
-        let (asked, answers) = mpsc::channel();
+        let (called, answers) = mpsc::channel();
         let locks = locks.clone();
-        (Waker::from(Arc::new(Self { locks, asked })), answers)
+        (Waker::from(Arc::new(Self { locks, called })), answers)
     }
 
-    fn ask(&self, when: &'static str) {
+    fn call_manager(&self, when: &'static str) {
         drop(self.locks.held());
-        self.asked.send(when).ok();
+        self.called.send(when).ok();
     }
 }
 
-impl Wake for Asking {
+impl Wake for ManagerCaller {
     fn wake(self: Arc<Self>) {
-        self.ask("called");
+        self.call_manager("called");
     }
 }
 
-impl Drop for Asking {
+impl Drop for ManagerCaller {
     fn drop(&mut self) {
-        self.ask("dropped");
+        self.call_manager("dropped");
     }
 }
 
 /// Regression: the wakers of `lost()` were called under the key's mutex. A waker that called the
 /// manager deadlocked on that mutex, on the thread that renews all leases of the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn waker_of_a_loss_may_ask_the_manager() {
+async fn waker_of_a_loss_may_call_the_manager() {
     let ttl = Duration::from_millis(500);
     let builder = LockManager::builder().shard("memory://wakers-of-losses").ttl(ttl);
     let locks = builder.connect().await.expect("connect");
     let other = lock(&locks, "other").await;
     let capped = locks.lock("capped").max_hold(ttl / 5).await.expect("lock");
-    let (waker, answers) = Asking::waker(&locks);
+    let (waker, answers) = ManagerCaller::waker(&locks);
     let mut lost = Box::pin(capped.lost());
     assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
     assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
@@ -432,7 +433,7 @@ async fn waker_of_a_loss_may_ask_the_manager() {
     tokio::time::sleep(2 * ttl).await;
     assert!(other.is_valid(), "renewals continue");
 
-    let (waker, answers) = Asking::waker(&locks);
+    let (waker, answers) = ManagerCaller::waker(&locks);
     let mut lost = Box::pin(other.lost());
     assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
     soon("the shutdown", locks.shutdown()).await.ok();
@@ -503,7 +504,7 @@ impl metrics::Recorder for Failing {
 /// Regression: the recorder's panic ended the renewal in progress, and those leases were silently
 /// never renewed again.
 #[tokio::test]
-async fn recorder_that_panics_costs_no_lock() {
+async fn recorder_that_panics_loses_no_lock() {
     let recorder = Failing::default();
     let _for_this_thread = metrics::set_default_local_recorder(&recorder);
     let ttl = Duration::from_millis(500);
@@ -520,18 +521,18 @@ async fn recorder_that_panics_costs_no_lock() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn waker_that_is_replaced_or_given_up_may_ask_the_manager() {
-    let locks = LockManager::connect("memory://wakers-that-end").await.expect("connect");
+async fn waker_that_is_replaced_or_dropped_may_call_the_manager() {
+    let locks = support_locks::connect("memory://wakers-that-end").await;
     let guard = lock(&locks, "k").await;
     let (ended, told) = mpsc::channel();
     // On a separate thread, since the bug would deadlock it.
     std::thread::spawn(move || {
         let mut waiting = Box::pin(locks.lock("k").into_future());
-        let (first, answers_of_first) = Asking::waker(&locks);
+        let (first, answers_of_first) = ManagerCaller::waker(&locks);
         assert!(waiting.as_mut().poll(&mut Context::from_waker(&first)).is_pending());
         drop(first);
         assert!(answers_of_first.try_recv().is_err(), "the queue keeps the waker");
-        let (second, answers_of_second) = Asking::waker(&locks);
+        let (second, answers_of_second) = ManagerCaller::waker(&locks);
         assert!(waiting.as_mut().poll(&mut Context::from_waker(&second)).is_pending());
         drop(second);
         let replaced = answers_of_first.try_recv();
@@ -590,7 +591,7 @@ async fn locks_stay_held_behind_a_proxy_that_hangs_up_on_scripts_of_several_slot
 on_each_store! {
     on(redis_nodes, own);
 
-    async fn a_key_that_the_user_may_not_access_any_more_costs_no_other_lock(store: &TestStore) {
+    async fn key_without_permission_loses_no_other_lock(store: &TestStore) {
         let ttl = Duration::from_millis(1500);
         let locks = store.builder().ttl(ttl).connect().await.expect("connect");
         // All keys share a hash tag, so a cluster renews them in one call.
@@ -610,7 +611,7 @@ on_each_store! {
         }
     }
 
-    async fn a_key_that_may_not_be_removed_keeps_no_other_one_when_a_namespace_is_erased(store: &TestStore) {
+    async fn undeletable_key_does_not_keep_others_from_being_erased(store: &TestStore) {
         let locks = store.manager().await;
         let mut guards = Vec::new();
         for key in ["a", "b", "c", "d", "e"] {

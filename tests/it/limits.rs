@@ -7,7 +7,7 @@ use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockKey, LockManager};
 
 /// Enqueues requests by polling each of them once.
-async fn in_line(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Box<shardlock::LockFuture>>> {
+async fn enqueued(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Box<shardlock::LockFuture>>> {
     let mut waiting = Vec::new();
     for request in requests {
         let mut future = Box::pin(request.into_future());
@@ -30,7 +30,7 @@ async fn the_waiters_of_one_key_are_limited() {
         .await
         .unwrap();
     let guard = locks.lock("k").await.unwrap();
-    let mut waiting = in_line(vec![locks.lock("k"), locks.lock("k")]).await;
+    let mut waiting = enqueued(vec![locks.lock("k"), locks.lock("k")]).await;
     let error = locks.lock("k").await.unwrap_err();
     assert!(
         (error.kind(), error.in_use(), error.limit()) == (LockErrorKind::QueueFull, Some(2), Some(2)),
@@ -43,7 +43,7 @@ async fn the_waiters_of_one_key_are_limited() {
     // Another key is not affected, and an abandoned place becomes free again.
     locks.lock("other").await.unwrap().release().await.unwrap();
     waiting.pop();
-    let mut again = in_line(vec![locks.lock("k")]).await;
+    let mut again = enqueued(vec![locks.lock("k")]).await;
     guard.release().await.unwrap();
     waiting.remove(0).await.unwrap().release().await.unwrap();
     again.remove(0).await.unwrap().release().await.unwrap();
@@ -52,7 +52,7 @@ async fn the_waiters_of_one_key_are_limited() {
 /// Regression: when a key had the maximum number of waiters, `try_lock` was refused as one waiter
 /// too many, although a try never waits.
 #[tokio::test]
-async fn a_try_is_not_refused_for_want_of_room_to_wait() {
+async fn try_is_not_limited_by_max_waiters_per_key() {
     let locks = LockManager::builder()
         .shard("memory://limit-try")
         .max_waiters_per_key(1)
@@ -60,7 +60,7 @@ async fn a_try_is_not_refused_for_want_of_room_to_wait() {
         .await
         .unwrap();
     let guard = locks.lock("k").await.unwrap();
-    let mut waiting = in_line(vec![locks.lock("k")]).await;
+    let mut waiting = enqueued(vec![locks.lock("k")]).await;
     assert!(locks.try_lock("k").await.unwrap().is_none());
     let error = locks.lock("k").timeout(Duration::ZERO).await.unwrap_err();
     assert!(error.is_timeout(), "{error}");
@@ -77,7 +77,7 @@ async fn all_waiters_together_are_limited() {
         .await
         .unwrap();
     let guards = [locks.lock("a").await.unwrap(), locks.lock("b").await.unwrap()];
-    let waiting = in_line(vec![locks.lock("a"), locks.lock("b")]).await;
+    let waiting = enqueued(vec![locks.lock("a"), locks.lock("b")]).await;
     let error = locks.lock("c").await.unwrap_err();
     assert!(
         (error.kind(), error.in_use(), error.limit()) == (LockErrorKind::TooManyWaiters, Some(2), Some(2)),
@@ -112,7 +112,7 @@ async fn the_keys_of_a_process_are_limited() {
 /// Regression: each shard counted its own keys, so a process with two shards could use twice as
 /// many as `max_keys` allows.
 #[tokio::test]
-async fn the_limit_of_keys_is_one_for_all_shards() {
+async fn max_keys_applies_to_all_shards_together() {
     let locks = LockManager::builder()
         .shard("memory://limit-keys-a")
         .shard("memory://limit-keys-b")
@@ -179,6 +179,6 @@ async fn request_options_are_checked_against_the_bounds_of_the_configuration() {
 /// Regression: the limit was higher than the number of leases that one shard can renew, so leases
 /// were lost instead of new ones refused.
 #[tokio::test]
-async fn keys_are_limited_to_what_a_shard_renews_unless_a_setting_says_otherwise() {
+async fn keys_are_limited_to_what_a_shard_renews_unless_overridden() {
     assert_eq!(shardlock::config::Config::default().max_keys, 100_000);
 }

@@ -39,7 +39,7 @@ fn seldom_renewed(store: &TestStore) -> Builder {
 
 /// A quorum's leases are at most as long as the time for which a restarted node may not vote.
 fn has_short_leases(store: &TestStore) -> bool {
-    store.kind().tidies_up_later()
+    store.kind().cleans_up_later()
 }
 
 /// The number of lingering leases.
@@ -314,13 +314,13 @@ on_each_store! {
     async fn lock_under_a_lingering_lease_needs_no_server(store: &TestStore) {
         let locks = keeper(store).await;
         use_once(&locks, "k").await;
-        store.servers().stand_still();
+        store.servers().stop_all();
         for _ in 0..20 {
             let mut locking = Box::pin(std::future::IntoFuture::into_future(locks.lock("k")));
             let guard = poll_once(&mut locking).expect("at once").expect("lock");
             soon("the release", guard.release()).await.expect("release");
         }
-        store.servers().go_on();
+        store.servers().resume_all();
     }
 }
 
@@ -330,7 +330,7 @@ on_each_store! {
     async fn a_thousand_locks_cost_a_few_calls(store: &TestStore) {
         let locks = connect(seldom_renewed(store).linger(LONG)).await;
         use_once(&locks, "k").await;
-        store.servers().count_anew();
+        store.servers().reset_all_stats();
         for _ in 0..40 {
             use_once(&locks, "k").await;
         }
@@ -368,7 +368,7 @@ on_each_store! {
 
     /// Simulates a lost notification to the process whose lease lingers: there is a waiter in the
     /// queue, and the process was not notified.
-    async fn a_renewal_makes_up_for_a_message_that_was_lost(store: &TestStore) {
+    async fn renewal_discovers_a_waiter_whose_notification_was_lost(store: &TestStore) {
         let locks = connect(patient(store).ttl(Duration::from_secs(2)).linger(LONG)).await;
         use_once(&locks, "k").await;
         let nobody = "nowhere-1-0123456789abcdef:7";
@@ -378,7 +378,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn plain_commands_take_and_give_back_nothing(store: &TestStore) {
+    async fn reuse_of_a_lingering_lease_sends_no_commands(store: &TestStore) {
         let server = store.server();
         let locks = connect(seldom_renewed(store).linger(LONG)).await;
         use_once(&locks, "k").await;

@@ -135,7 +135,7 @@ on_each_store! {
         store.is_empty(&locks, middle).await;
     }
 
-    async fn timeout_is_one_for_all_keys_and_gives_all_back(store: &TestStore) {
+    async fn timeout_applies_to_all_keys_together_and_releases_them(store: &TestStore) {
         let (locks, other) = (store.manager().await, store.manager().await);
         let [first, middle, last] = in_order(["a", "b", "c"]);
         let (early, late) = (lock(&other, middle).await, lock(&other, last).await);
@@ -164,7 +164,7 @@ on_each_store! {
         guard.release().await.expect("release");
     }
 
-    async fn failure_of_a_later_key_names_it_and_gives_all_back(store: &TestStore) {
+    async fn failure_of_a_later_key_names_the_key_and_releases_all(store: &TestStore) {
         let locks = store.builder().max_keys(2).connect().await.expect("connect");
         let keys = in_order(["a", "b", "c"]);
         let error = locks.lock_all(keys).await.expect_err("the third key is one too many");
@@ -265,7 +265,7 @@ on_each_store! {
 on_each_store! {
     on(redis);
 
-    async fn loss_of_one_is_the_loss_of_all_and_names_the_key(store: &TestStore) {
+    async fn loss_of_one_key_is_the_loss_of_all_and_names_the_key(store: &TestStore) {
         let locks = store.short_lived_manager().await;
         let guard = locks.lock_all(["a", "b", "c"]).await.expect("lock");
         let token = guard.token("b").expect("a token");
@@ -315,7 +315,7 @@ on_each_store! {
 
 #[tokio::test]
 async fn keys_outside_their_bounds_fail_when_the_request_is_awaited() {
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = support_locks::connect("memory://").await;
     let many: Vec<_> = (0..=LockAllRequest::KEYS_MAX)
         .map(|number| number.to_string())
         .collect();
@@ -368,7 +368,7 @@ async fn keys_of_several_shards_are_locked_together() {
 /// Their futures are `Send`, with bodies that borrow from the task.
 #[tokio::test]
 async fn bodies_under_several_locks_can_be_spawned() {
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = support_locks::connect("memory://").await;
     let text = String::from("borrowed");
     let borrowing = tokio::spawn(async move {
         let body = async |guard: &LockAllGuard| {
@@ -385,7 +385,7 @@ async fn bodies_under_several_locks_can_be_spawned() {
 /// The clock of tokio decides about the timeout, as for a single key.
 #[tokio::test(start_paused = true)]
 async fn timeout_of_several_keys_follows_the_paused_clock() {
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = support_locks::connect("memory://").await;
     let [first, last] = in_order(["a", "b"]);
     let (early, _late) = (lock(&locks, first).await, lock(&locks, last).await);
     let limit = Duration::from_secs(1000);

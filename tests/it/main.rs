@@ -7,7 +7,6 @@
 
 #[cfg(feature = "admin")]
 mod admin;
-mod answers;
 mod basics;
 mod cancellation;
 #[cfg(target_os = "linux")]
@@ -29,8 +28,9 @@ mod linger;
 mod lock_all;
 mod min_hold;
 mod modes;
+mod module_imports;
 mod order;
-mod others;
+mod other_clients;
 mod pauses;
 mod pooled_connections;
 #[cfg(feature = "admin")]
@@ -38,9 +38,9 @@ mod readiness;
 mod redlock;
 mod refused_connections;
 mod replicas;
-mod rooms;
 mod send_sync;
 mod sentinel;
+mod server_errors;
 mod servers;
 mod shards;
 mod tokens;
@@ -49,18 +49,18 @@ mod tower;
 mod traffic;
 
 use support::worker;
-use support_locks::{LOCKER, obey};
+use support_locks::{LOCKER, run_commands};
 
 /// The processes that tests start.
 #[test]
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
-        LOCKER => obey(&me),
+        LOCKER => run_commands(&me),
         #[cfg(target_os = "linux")]
-        "asker" => connections::ask_for_ever_new_keys(&me),
+        "asker" => connections::request_new_keys_forever(&me),
         #[cfg(target_os = "linux")]
-        "clock" => clocks::tell_time(&me),
+        "clock" => clocks::report_time(&me),
         "counter" => basics::count(&me),
         "candidate" => lead::campaign(&me),
         "holder" => modes::hold(&me),
@@ -68,7 +68,7 @@ fn worker_entry() {
         "echo" => servers::echo(&me),
         #[cfg(feature = "admin")]
         "endpoint" => admin::serve_many_locks(&me),
-        "paused" => pauses::look_without_end(&me),
+        "paused" => pauses::watch_guard(&me),
         #[cfg(target_os = "linux")]
         "server" => servers::serve(&me),
         "user_of_many_keys" => closing::use_many_keys(&me),

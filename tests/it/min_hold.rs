@@ -16,7 +16,7 @@ const SHORT: Duration = Duration::from_millis(1500);
 pub(crate) async fn hold(me: &worker::Current) {
     let locks = builder_of(me).min_hold(LONG).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
-    me.say(guard.token().to_string());
+    me.send(guard.token().to_string());
     std::future::pending().await
 }
 
@@ -28,7 +28,7 @@ async fn is_busy(locks: &LockManager, key: &'static str) -> bool {
 on_each_store! {
     on(memory redis sentinel cluster etcd);
 
-    async fn nobody_gets_the_key_before_the_time_has_passed(store: &TestStore) {
+    async fn key_is_not_acquired_before_min_hold_has_passed(store: &TestStore) {
         let (locks, other) = (store.manager().await, store.manager().await);
         let guard = locks.lock("k").min_hold(LONG).await.expect("lock");
         let (own, others) = (waiting(&locks, "k"), waiting(&other, "k"));
@@ -58,8 +58,8 @@ on_each_store! {
         }
     }
 
-    async fn waiter_that_tells_the_manager_does_not_end_the_time(store: &TestStore) {
-        // The cycle of an uncontended lock asks to be told of waiters. It is over by then.
+    async fn notification_of_a_waiter_does_not_end_min_hold(store: &TestStore) {
+        // The cycle of an uncontended lock requests notifications of waiters. It has ended by then.
         let (locks, other) = (store.manager().await, store.manager().await);
         locks.lock("k").min_hold(LONG).await.expect("lock").release().await.expect("release");
         let waits = waiting(&other, "k");
@@ -98,7 +98,7 @@ on_each_store! {
 on_each_store! {
     async fn waiters_get_the_key_when_the_time_has_passed(store: &TestStore) {
         // The waiters ask while the lease still has its full TTL, which is longer.
-        let builder = || match store.kind().tidies_up_later() {
+        let builder = || match store.kind().cleans_up_later() {
             true => store.builder(),
             false => store.builder().ttl(Duration::from_secs(60)),
         };

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::error::LockErrorKind;
-use shardlock::{LockManager, LockMode, LossReason};
+use shardlock::{LockMode, LossReason};
 use support::worker;
 use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
 use tokio::task::JoinSet;
@@ -20,15 +20,15 @@ pub(crate) async fn hold(me: &worker::Current) {
         _ => locks.permits("k", 3).weight(2),
     };
     let guard = request.await.expect("the lock");
-    me.say("holds");
-    tokio::task::block_in_place(|| while me.hear().is_some() {});
+    me.send("holds");
+    tokio::task::block_in_place(|| while me.recv().is_some() {});
     drop(guard);
 }
 
 on_each_store! {
     on(all);
 
-    async fn shared_holders_have_a_key_together_and_an_exclusive_one_has_it_alone(store: &TestStore) {
+    async fn shared_holders_hold_together_and_an_exclusive_one_alone(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
         let one = here.lock("k").shared().await.expect("a shared lock");
         let two = here.lock("k").shared().await.expect("one beside it");
@@ -107,7 +107,7 @@ on_each_store! {
         }
     }
 
-    async fn a_waiter_that_gives_up_leaves_the_way_free(store: &TestStore) {
+    async fn timed_out_waiter_does_not_block_others(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
         let reader = here.lock("k").shared().await.expect("a shared lock");
         let late = there.lock("k").timeout(Duration::from_millis(50)).await.expect_err("it is held");
@@ -132,7 +132,7 @@ on_each_store! {
         writer.release().await.expect("release");
     }
 
-    async fn a_manager_that_shuts_down_gives_back_shared_locks(store: &TestStore) {
+    async fn shutdown_releases_shared_locks(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
         let shared = here.lock("k").shared().await.expect("a shared lock");
         here.shutdown().await.expect("shut down");
@@ -173,7 +173,7 @@ on_each_store! {
         assert_eq!(most.load(Ordering::SeqCst), u32::from(LIMIT), "all permits were in use, and no more");
     }
 
-    async fn a_request_for_many_permits_is_not_passed_by_those_for_few(store: &TestStore) {
+    async fn request_for_many_permits_is_not_overtaken_by_small_ones(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
         let one = here.permits("k", 4).await.expect("a permit");
         let two = here.permits("k", 4).await.expect("a permit");
@@ -235,7 +235,7 @@ on_each_store! {
         permit.release().await.expect("release");
     }
 
-    async fn a_manager_that_shuts_down_gives_back_permits(store: &TestStore) {
+    async fn shutdown_releases_permits(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
         let permits = here.permits("k", 2).weight(2).await.expect("permits");
         here.shutdown().await.expect("shut down");
@@ -248,7 +248,7 @@ on_each_store! {
     on(servers);
 
     async fn a_dead_reader_frees_its_place_within_its_ttl(store: &TestStore) {
-        place_of_a_dead_holder_is_free_in_time(store, "shared").await;
+        assert_dead_holder_is_freed_in_time(store, "shared").await;
     }
 
     async fn deleting_the_key_ends_every_shared_holder(store: &TestStore) {
@@ -268,12 +268,12 @@ on_each_store! {
     on(permits_of_servers);
 
     async fn a_dead_holder_of_permits_frees_them_within_its_ttl(store: &TestStore) {
-        place_of_a_dead_holder_is_free_in_time(store, "permits").await;
+        assert_dead_holder_is_freed_in_time(store, "permits").await;
     }
 }
 
 /// SIGKILL: nobody releases anything.
-async fn place_of_a_dead_holder_is_free_in_time(store: &TestStore, mode: &str) {
+async fn assert_dead_holder_is_freed_in_time(store: &TestStore, mode: &str) {
     let ttl = store.short_ttl();
     let locks = store.manager().await;
     let millis = ttl.as_millis().to_string();
@@ -333,7 +333,7 @@ on_each_store! {
 /// Asks for numbers of permits that make no sense.
 #[tokio::test]
 async fn numbers_of_permits_have_bounds() {
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = support_locks::connect("memory://").await;
     for (weight, limit, names) in [(1, 0, "limit"), (1, 1_001, "limit"), (0, 5, "weight"), (6, 5, "weight")] {
         let refused = locks
             .permits("k", limit)

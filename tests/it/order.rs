@@ -15,7 +15,7 @@ on_each_store! {
         let mut waiters = store.lockers(8, store.short_ttl());
         let guard = lock(&locks, "k").await;
         for (place, waiter) in waiters.iter_mut().enumerate() {
-            waiter.ask();
+            waiter.request();
             until_queued(&locks, "k", place as u64 + 1).await;
         }
         let queue = locks.inspect("k").await.expect("inspect").queue;
@@ -140,7 +140,7 @@ on_each_store! {
 on_each_store! {
     on(counted, own);
 
-    async fn a_dead_head_of_the_queue_is_passed_over(store: &TestStore) {
+    async fn dead_waiter_at_the_head_of_the_queue_is_skipped(store: &TestStore) {
         let server = store.server();
         // The holder's TTL is 10 seconds, so nothing here waits for an expiry.
         let (holder, next) = (store.manager().await, store.manager().await);
@@ -160,7 +160,7 @@ on_each_store! {
             .expect("release");
         let mut dead = store.locker();
         let guard = lock(&holder, "k").await;
-        dead.ask();
+        dead.request();
         until_queued(&holder, "k", 1).await;
         let waiting = tokio::spawn(async move { lock(&next, "k").await });
         until_queued(&holder, "k", 2).await;
@@ -185,12 +185,12 @@ on_each_store! {
         store.is_empty(&holder, "k").await;
     }
 
-    async fn a_head_of_the_queue_that_dies_with_its_grant_is_passed_over_within_its_ttl_and_without_polling(store: &TestStore) {
+    async fn grant_to_a_dead_waiter_passes_to_the_next_within_its_ttl_without_polling(store: &TestStore) {
         let server = store.server();
         let (holder, next) = (store.short_lived_manager().await, store.short_lived_manager().await);
         let mut dead = store.locker();
         let guard = lock(&holder, "k").await;
-        dead.ask();
+        dead.request();
         until_queued(&holder, "k", 1).await;
         let waiting = tokio::spawn(async move { lock(&next, "k").await });
         until_queued(&holder, "k", 2).await;

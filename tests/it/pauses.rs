@@ -15,13 +15,13 @@ fn ttl(store: &TestStore) -> Duration {
 /// Holds a lock and only watches the clock and the guard. When the clock shows that the process was
 /// paused, reports what the guard returns right afterwards, including its loss.
 #[tokio::main]
-pub(crate) async fn look_without_end(me: &worker::Current) {
+pub(crate) async fn watch_guard(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     // Read before the report, since the pause may start with the next instruction.
     let mut last = Instant::now();
-    me.say(guard.token().to_string());
+    me.send(guard.token().to_string());
     // The runtime's other worker and the background thread keep running.
     loop {
         let valid = guard.is_valid();
@@ -34,21 +34,21 @@ pub(crate) async fn look_without_end(me: &worker::Current) {
             let first = guard.is_valid();
             let remaining = guard.remaining();
             let told = poll_once(&mut Box::pin(guard.lost()));
-            me.say(format!("{first} {remaining:?} {told:?}"));
+            me.send(format!("{first} {remaining:?} {told:?}"));
             break;
         }
         assert!(valid, "the lock was lost without a pause");
         last = now;
     }
-    me.hear();
+    me.recv();
     let released = guard.release().await;
-    me.say(released.expect_err("the lock was lost").is_lost().to_string());
+    me.send(released.expect_err("the lock was lost").is_lost().to_string());
 }
 
 on_each_store! {
     on(servers);
 
-    async fn a_process_that_was_stopped_for_longer_than_its_ttl_knows_at_once_that_its_lock_is_lost(store: &TestStore) {
+    async fn process_stopped_for_longer_than_its_ttl_detects_the_loss_at_once(store: &TestStore) {
         let ttl = ttl(store);
         let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
         let old: u64 = paused.line().parse().expect("a token");

@@ -158,7 +158,7 @@ async fn silent_connection_of_an_idle_manager_is_replaced_and_its_shard_stays_up
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inspections_work_on_a_server_that_takes_no_more_connections() {
     let server = RedisServer::start();
-    let locks = LockManager::connect(&server.url()).await.expect("connect");
+    let locks = support_locks::connect(&server.url()).await;
     let guard = lock(&locks, "k").await;
     server.command(&["CONFIG", "SET", "maxclients", "1"]);
     let seen = locks.inspect("k").await.expect("on a kept connection");
@@ -171,7 +171,7 @@ async fn inspections_work_on_a_server_that_takes_no_more_connections() {
 async fn pooled_connections_outlive_the_runtime_of_their_first_user() {
     let server = RedisServer::start_with(&["--requirepass", "s3cret"]);
     let url = format!("redis://:s3cret@{}/3", server.address());
-    let locks = LockManager::connect(&url).await.expect("connect");
+    let locks = support_locks::connect(&url).await;
     let once = {
         let locks = locks.clone();
         move || {

@@ -168,7 +168,7 @@ async fn server_that_became_a_replica_is_down() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn server_that_lets_the_user_not_write_is_down() {
+async fn server_that_forbids_the_user_to_write_is_down() {
     let server = RedisServer::start();
     let permit = |rule| {
         server.command(&["ACL", "SETUSER", "default", rule]);
@@ -217,7 +217,7 @@ const LOOK_LIMIT: Duration = Duration::from_secs(5);
 const KNOWN_WITHIN: Duration = Duration::from_secs(3 + 5 + 5);
 
 on_each_store! { on(servers, own);
-    async fn a_shard_that_is_down_while_nobody_locks_is_not_ready(store: &TestStore) {
+    async fn shard_that_is_down_is_not_ready_even_without_requests(store: &TestStore) {
         let (locks, admin) = serve(store.builder().store_timeout(LOOK_LIMIT)).await;
         let is_ready = || get(admin.address(), "/readyz").0 == 200;
         assert!(is_ready() && locks.shards()[0].is_up);

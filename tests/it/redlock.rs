@@ -48,7 +48,7 @@ fn pairs() -> impl Iterator<Item = (usize, usize)> {
     (0..5).flat_map(|one| (one + 1..5).map(move |other| (one, other)))
 }
 
-async fn a_lock_can_be_had(locks: &LockManager, other: &LockManager, key: &str) -> u64 {
+async fn lock_can_be_acquired(locks: &LockManager, other: &LockManager, key: &str) -> u64 {
     let guard = soon("the lock", lock(locks, key)).await;
     assert!(other.try_lock(key).await.expect("try").is_none());
     let token = guard.token().get();
@@ -57,7 +57,7 @@ async fn a_lock_can_be_had(locks: &LockManager, other: &LockManager, key: &str) 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn any_two_nodes_may_be_silent_and_locks_and_hand_offs_go_on() {
+async fn locks_and_hand_offs_work_with_any_two_nodes_silent() {
     let quorum = Quorum::start(5);
     let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
     let mut last = 0;
@@ -65,9 +65,9 @@ async fn any_two_nodes_may_be_silent_and_locks_and_hand_offs_go_on() {
         quorum.nodes()[one].stop();
         quorum.nodes()[two].stop();
         for key in ["a", "b", "c"] {
-            a_lock_can_be_had(&locks, &other, key).await;
+            lock_can_be_acquired(&locks, &other, key).await;
         }
-        let token = a_lock_can_be_had(&locks, &other, "k").await;
+        let token = lock_can_be_acquired(&locks, &other, "k").await;
         assert!(token > last, "{token} after {last}");
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn({
@@ -99,7 +99,7 @@ async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
     for dead in [0, 3] {
         quorum.nodes()[dead].kill();
         for key in ["a", "b", "k"] {
-            let token = a_lock_can_be_had(&locks, &other, key).await;
+            let token = lock_can_be_acquired(&locks, &other, key).await;
             if key == "k" {
                 assert!(token > last, "{token} after {last}");
                 last = token;
@@ -134,7 +134,7 @@ async fn of_four_nodes_three_are_a_majority_and_two_are_not() {
     let quorum = Quorum::start(4);
     let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
     quorum.nodes()[1].kill();
-    a_lock_can_be_had(&locks, &other, "k").await;
+    lock_can_be_acquired(&locks, &other, "k").await;
     quorum.nodes()[2].kill();
     let error = locks.lock("k").await.expect_err("half is no majority");
     assert!(error.to_string().contains("3 of 4 nodes are needed"), "{error}");
@@ -149,10 +149,10 @@ async fn a_node_that_restarted_has_no_vote_until_the_longest_ttl_has_passed() {
     // One node is down and one has restarted empty, so only one of three votes is left.
     quorum.nodes()[0].restart();
     quorum.nodes()[1].kill();
-    let other = connect_when_it_can(&quorum).await;
+    let other = connect_when_possible(&quorum).await;
     let error = other.lock("k").await.expect_err("no majority");
     assert!(error.to_string().contains("no vote yet"), "{error}");
-    assert!(guard.is_valid() || guard.loss_is_told_in(MAX_TTL).await);
+    assert!(guard.is_valid() || guard.loss_is_reported_within(MAX_TTL).await);
     quorum.wait_for_vote(0);
     until("two nodes vote again", async || match other.lock("k").await {
         Ok(guard) => guard.release().await.is_ok(),
@@ -164,17 +164,17 @@ async fn a_node_that_restarted_has_no_vote_until_the_longest_ttl_has_passed() {
     .await;
 }
 
-trait LossIsTold {
-    async fn loss_is_told_in(&self, time: Duration) -> bool;
+trait LossIsReported {
+    async fn loss_is_reported_within(&self, time: Duration) -> bool;
 }
 
-impl LossIsTold for shardlock::LockGuard {
-    async fn loss_is_told_in(&self, time: Duration) -> bool {
+impl LossIsReported for shardlock::LockGuard {
+    async fn loss_is_reported_within(&self, time: Duration) -> bool {
         tokio::time::timeout(time, self.lost()).await.is_ok()
     }
 }
 
-async fn connect_when_it_can(quorum: &Quorum) -> LockManager {
+async fn connect_when_possible(quorum: &Quorum) -> LockManager {
     let mut connected = None;
     until("a manager can connect", async || {
         connected = builder(quorum).connect().await.ok();
@@ -189,7 +189,7 @@ async fn a_lock_that_is_held_for_long_survives_the_restart_of_each_node_in_turn(
     let quorum = Quorum::start(3);
     let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
     let guard = lock(&locks, "k").await;
-    all_have_it(&quorum).await;
+    until_all_nodes_have_the_lease(&quorum).await;
     for node in 0..3 {
         quorum.nodes()[node].restart();
         quorum.wait_for_vote(node);
@@ -268,7 +268,7 @@ async fn permits_are_refused_with_the_reason_and_nothing_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_grow_though_minorities_are_flushed_and_doors_change() {
+async fn tokens_grow_although_minorities_are_flushed_and_sequencers_change() {
     let quorum = Quorum::start(5);
     let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
     let mut last = 0;
@@ -296,7 +296,7 @@ async fn tokens_grow_though_minorities_are_flushed_and_doors_change() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn swapped_nodes_another_longest_ttl_and_too_long_ttls_are_refused() {
+async fn swapped_nodes_a_different_max_ttl_and_too_long_ttls_are_refused() {
     let quorum = Quorum::start(3);
     let locks = connect(&quorum).await;
     // The first lock stores the map.
@@ -324,7 +324,7 @@ async fn swapped_nodes_another_longest_ttl_and_too_long_ttls_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_quorum_without_spare_time_is_an_error_rather_than_a_lock() {
+async fn quorum_reached_too_late_is_an_error_rather_than_a_lock() {
     let quorum = Quorum::start(3);
     let locks = connect(&quorum).await;
     let proxied = Duration::from_millis(60);
@@ -399,7 +399,7 @@ impl Ledger {
 /// Managers contend for few keys, to write and to read, while one node after the other hangs, or is
 /// killed and restarts empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_beside_a_writer_and_no_old_token_while_nodes_come_and_go() {
+async fn writers_exclude_others_and_tokens_grow_while_nodes_come_and_go() {
     let quorum = Arc::new(Quorum::start(5));
     let (ledger, over) = (Arc::new(Ledger::default()), Arc::new(AtomicBool::new(false)));
     // Kept until nothing is left: a manager that is dropped no longer cleans up on a node that was
@@ -528,7 +528,7 @@ fn counts(quorum: &Quorum) -> (u64, u64) {
     (sum(RedisServer::script_calls), sum(RedisServer::publishes))
 }
 
-async fn all_have_it(quorum: &Quorum) {
+async fn until_all_nodes_have_the_lease(quorum: &Quorum) {
     let has_it = |node: &RedisServer| left_on(node).len() == 1;
     until("the lease is on all nodes", async || quorum.nodes().iter().all(has_it)).await;
 }
@@ -537,7 +537,7 @@ async fn all_have_it(quorum: &Quorum) {
 /// publishes from the release on.
 async fn hand_off(quorum: &Quorum, one: &LockManager, other: &LockManager) -> (u64, u64) {
     let guard = lock(one, "key").await;
-    all_have_it(quorum).await;
+    until_all_nodes_have_the_lease(quorum).await;
     let waiting = tokio::spawn({
         let other = other.clone();
         async move { lock(&other, "key").await }
@@ -546,7 +546,7 @@ async fn hand_off(quorum: &Quorum, one: &LockManager, other: &LockManager) -> (u
     let before = counts(quorum);
     guard.release().await.expect("release");
     let guard = soon("the hand-off", waiting).await.expect("a task");
-    all_have_it(quorum).await;
+    until_all_nodes_have_the_lease(quorum).await;
     let after = counts(quorum);
     guard.release().await.expect("release");
     nothing_is_left(quorum, |_| true).await;
@@ -567,7 +567,7 @@ async fn a_lock_and_a_release_cost_a_script_on_each_node_and_a_hand_off_one_mess
     for _ in 0..5 {
         let start = counts(&quorum).0;
         let guard = lock(&one, "key").await;
-        all_have_it(&quorum).await;
+        until_all_nodes_have_the_lease(&quorum).await;
         let locked = counts(&quorum).0;
         guard.release().await.expect("release");
         nothing_is_left(&quorum, |_| true).await;
@@ -586,7 +586,7 @@ async fn a_lock_and_a_release_cost_a_script_on_each_node_and_a_hand_off_one_mess
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_permissions_of_the_acl_file_are_enough() {
+async fn permissions_of_the_acl_file_are_sufficient() {
     let quorum = Quorum::start(3);
     let mut lines = include_str!("../../config/acl.conf").lines();
     let user = lines.find(|line| line.starts_with("user shardlock ")).expect("a user");
@@ -612,7 +612,7 @@ async fn the_permissions_of_the_acl_file_are_enough() {
     let guard = lock(&one, "key").await;
     // Two of three nodes are enough for the lock. Wait for the third, or the loss of one node would
     // lose the lock.
-    all_have_it(&quorum).await;
+    until_all_nodes_have_the_lease(&quorum).await;
     quorum.nodes()[0].restart();
     quorum.nodes()[0].command(&words);
     until("the lease is on the node again", async || {

@@ -27,7 +27,7 @@ async fn refused(url: &str) -> LockError {
 }
 
 #[tokio::test]
-async fn a_wrong_or_missing_password_is_said_in_words() {
+async fn wrong_or_missing_password_is_explained() {
     let server = RedisServer::start_with(&["--requirepass", "right"]);
     let wrong = [
         server.url(),
@@ -47,12 +47,12 @@ async fn a_wrong_or_missing_password_is_said_in_words() {
         assert!(error.to_string().contains(&server.address()), "{error}");
     }
     let right = format!("redis://:right@{}", server.address());
-    let locks = LockManager::connect(&right).await.expect("connect");
+    let locks = support_locks::connect(&right).await;
     lock(&locks, "k").await.release().await.expect("release");
 }
 
 #[tokio::test]
-async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() {
+async fn refusing_port_and_unknown_host_are_explained() {
     let server = RedisServer::start();
     let url = server.url();
     server.kill();
@@ -78,7 +78,7 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
 
 #[cfg(not(feature = "tls"))]
 #[tokio::test]
-async fn tls_is_refused_in_words_where_it_was_not_built() {
+async fn tls_is_refused_with_a_reason_without_its_feature() {
     let server = RedisServer::start();
     let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
     assert!(error.kind() == LockErrorKind::Invalid, "{error}");
@@ -87,7 +87,7 @@ async fn tls_is_refused_in_words_where_it_was_not_built() {
 
 #[cfg(feature = "tls")]
 #[tokio::test]
-async fn tls_to_a_plain_port_is_said_in_words() {
+async fn tls_to_a_plain_port_is_explained() {
     let server = RedisServer::start();
     let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
     assert!(
@@ -98,7 +98,7 @@ async fn tls_to_a_plain_port_is_said_in_words() {
 }
 
 #[tokio::test]
-async fn a_port_that_speaks_something_else_is_said_in_words() {
+async fn port_of_another_protocol_is_explained() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
     let address = listener.local_addr().expect("an address");
     std::thread::spawn(move || {
@@ -121,7 +121,7 @@ async fn a_port_that_speaks_something_else_is_said_in_words() {
 /// Like an HTTP server, which waits for the end of the headers, and like a server that speaks
 /// first.
 #[tokio::test]
-async fn a_port_that_waits_for_another_protocol_or_speaks_first_is_reported_before_the_time_limit() {
+async fn port_of_another_protocol_is_reported_before_the_time_limit() {
     for (greeting, end, reply) in [
         ("", "\r\n\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n"),
         ("SSH-2.0-OpenSSH_9.2\r\n", "", ""),
@@ -189,7 +189,7 @@ async fn a_server_too_old_for_waiting_is_refused_at_connect() {
 }
 
 #[tokio::test]
-async fn a_server_without_role_is_refused_unless_it_is_not_to_be_asked() {
+async fn server_without_role_is_refused_unless_the_check_is_off() {
     let server = RedisServer::start_with(&["--rename-command", "ROLE", ""]);
     let error = refused(&server.url()).await;
     assert!(
@@ -235,7 +235,7 @@ async fn a_cluster_too_old_for_waiting_is_refused_at_connect() {
 }
 
 #[tokio::test]
-async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
+async fn silent_port_is_an_error_after_the_store_timeout() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
     let address = listener.local_addr().expect("an address");
     let limit = Duration::from_millis(200);

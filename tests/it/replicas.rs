@@ -85,7 +85,7 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_that_was_handed_over_is_on_the_replica_before_it_is_entered() {
+async fn handed_off_lock_is_on_the_replica_before_it_is_granted() {
     let watched = Watched::start(1);
     let url = watched.url();
     let (one, other) = (connect_confirmed(&url).await, connect_confirmed(&url).await);
@@ -160,7 +160,7 @@ async fn a_confirmed_lock_outlives_its_primary() {
     let new = watched.switched(old.port());
     let owner: String = new.query(&["GET", "lock:k"]);
     assert!(owner.starts_with(locks.id()), "{owner}");
-    let other = LockManager::connect(&watched.url()).await.expect("connect");
+    let other = support_locks::connect(&watched.url()).await;
     assert!(other.try_lock("k").await.expect("try").is_none());
     assert!(guard.is_valid());
     guard.release().await.expect("the lock is held on the new primary");
@@ -214,13 +214,13 @@ impl Turns {
 /// connected to the old primary was granted the lock and skipped at the same time. The next manager
 /// also got the lock, with the same token.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn manager_whose_inbox_is_at_a_replica_is_served_and_never_beside_another() {
+async fn manager_whose_inbox_is_at_a_replica_is_served_exclusively() {
     let primary = RedisServer::start_with(&["--repl-diskless-sync-delay", "0"]);
     let port = primary.port().to_string();
     let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]);
     until("the replica is in sync", async || in_step(&primary) == 1).await;
     let address = Proxy::start(primary.address());
-    let connect = async |url: String| LockManager::connect(&url).await.expect("connect");
+    let connect = async |url: String| support_locks::connect(&url).await;
     let misled = connect(address.url()).await;
     let others = [connect(primary.url()).await, connect(primary.url()).await];
 
@@ -264,8 +264,8 @@ async fn connections_follow_an_address_that_leads_to_another_primary() {
     until("the replica is in sync", async || in_step(&old) == 1).await;
     let address = Proxy::start(old.address());
     let managers = [
-        LockManager::connect(&address.url()).await.expect("connect"),
-        LockManager::connect(&address.url()).await.expect("connect"),
+        support_locks::connect(&address.url()).await,
+        support_locks::connect(&address.url()).await,
     ];
     hand_off(&managers[0], &managers[1], "k").await;
 

@@ -19,10 +19,10 @@ use tokio::task::JoinSet;
 const LONG_TTL: Duration = Duration::from_secs(60);
 
 async fn connect(watched: &Watched) -> LockManager {
-    LockManager::connect(&watched.url()).await.expect("connect")
+    support_locks::connect(&watched.url()).await
 }
 
-async fn connect_for_long(watched: &Watched) -> LockManager {
+async fn connect_long_ttl(watched: &Watched) -> LockManager {
     let builder = LockManager::builder().shard(watched.url()).ttl(LONG_TTL);
     builder.connect().await.expect("connect")
 }
@@ -199,16 +199,16 @@ async fn with_confirmed_leases_a_failover_under_load_never_shows_two_holders() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_failover_under_load_everybody_is_served_with_growing_tokens() {
+async fn failover_under_load_serves_every_waiter_with_growing_tokens() {
     failovers_under_load(0).await;
 }
 
 /// The sentinels leave the old primary unchanged for at least eight seconds, and it keeps accepting
 /// writes that will be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_orderly_failover_is_followed_at_once_and_keeps_what_is_held_and_who_waits() {
+async fn orderly_failover_is_followed_at_once_and_keeps_holders_and_waiters() {
     let watched = Watched::start(1);
-    let (one, other) = (connect_for_long(&watched).await, connect_for_long(&watched).await);
+    let (one, other) = (connect_long_ttl(&watched).await, connect_long_ttl(&watched).await);
     let (held, kept) = (lock(&one, "held").await, lock(&other, "kept").await);
     let waiting = waiting(&other, "held");
     until_queued(&one, "held", 1).await;
@@ -262,9 +262,9 @@ async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_r
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_primary_that_hangs_is_left_as_soon_as_the_sentinels_say_so() {
+async fn hung_primary_is_abandoned_once_the_sentinels_switch() {
     let watched = Watched::start(1);
-    let (one, other) = (connect_for_long(&watched).await, connect_for_long(&watched).await);
+    let (one, other) = (connect_long_ttl(&watched).await, connect_long_ttl(&watched).await);
     let held = lock(&one, "held").await;
     let token = held.token();
     watched.has_replicas(1);
@@ -359,7 +359,7 @@ async fn keeper(watched: &Watched) -> (LockManager, u64) {
 }
 
 /// [`lock`] that retries while a failover is in progress.
-async fn lock_at_last(locks: &LockManager, key: &str) -> LockGuard {
+async fn lock_eventually(locks: &LockManager, key: &str) -> LockGuard {
     let mut guard = None;
     until("the lock can be acquired again", async || {
         guard = locks.lock(key).await.ok();
@@ -370,7 +370,7 @@ async fn lock_at_last(locks: &LockManager, key: &str) -> LockGuard {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() {
+async fn lingering_lease_lost_in_a_failover_is_not_reused() {
     for hangs in [false, true] {
         let watched = Watched::start(1);
         let other = connect(&watched).await;
@@ -384,7 +384,7 @@ async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() 
             old.kill();
         }
         watched.switched(old.port());
-        let guard = lock_at_last(&other, "k").await;
+        let guard = lock_eventually(&other, "k").await;
         assert!(guard.token().get() > token);
         match keeper.try_lock("k").await {
             Ok(both) => assert!(both.is_none(), "two holders: {guard:?}, {both:?}"),
@@ -399,7 +399,7 @@ async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
+async fn lingering_lease_kept_in_a_failover_is_reused() {
     let watched = Watched::start(1);
     let (keeper, mut token) = keeper(&watched).await;
     let lease = keeper
@@ -414,7 +414,7 @@ async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
     old.kill();
     watched.switched(old.port());
     for _ in 0..3 {
-        let guard = lock_at_last(&keeper, "k").await;
+        let guard = lock_eventually(&keeper, "k").await;
         assert!(guard.token().get() > token, "{} after {token}", guard.token());
         assert_eq!(guard.owner(), lease);
         token = guard.token().get();
@@ -424,7 +424,7 @@ async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
 
 /// The next renewal is minutes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn holder_learns_of_a_lock_that_a_failover_lost() {
+async fn holder_is_notified_of_a_lock_lost_in_a_failover() {
     let watched = Watched::start(1);
     watched.has_replicas(1);
     watched.cut_replication();
@@ -438,7 +438,7 @@ async fn holder_learns_of_a_lock_that_a_failover_lost() {
 
 /// A manual failover that no sentinel reports. A request discovers it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_says_it_is_a_replica_is_left_by_commands_and_inbox() {
+async fn demoted_primary_is_abandoned_by_commands_and_inbox() {
     let watched = Watched::start(1);
     let (one, other) = (connect(&watched).await, connect(&watched).await);
     hand_off(&one, &other, "k").await;
@@ -493,7 +493,7 @@ async fn replicas_and_sentinels_are_refused_as_primaries() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_name_that_sentinels_do_not_know_is_said_in_words() {
+async fn name_unknown_to_the_sentinels_is_explained() {
     let watched = Watched::start(0);
     let url = watched.url().replace(NAME, "another");
     let error = LockManager::connect(&url)
@@ -524,7 +524,7 @@ async fn sentinels_and_the_primary_each_get_their_own_password() {
     let plain = watched.url();
     let with_login = plain.replace("://", "://:hunter2-p@");
     let right = format!("{with_login}?sentinel_password=hunter2-s");
-    let locks = LockManager::connect(&right).await.expect("connect");
+    let locks = support_locks::connect(&right).await;
     lock_in_time(&locks, "k").await;
     for (wrong, words) in [
         (with_login.clone(), "no sentinel names the primary"),
@@ -611,7 +611,7 @@ async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_all_sentinels_down_existing_connections_go_on_and_new_ones_say_so() {
+async fn existing_connections_survive_while_all_sentinels_are_down_and_new_ones_fail() {
     let watched = Watched::start(0);
     let (one, other) = (connect(&watched).await, connect(&watched).await);
     let url = watched.url();

@@ -12,9 +12,9 @@ use support::{ClientType, PATIENCE, RedisServer, eventually, wait_until, worker}
 
 /// Reports a variable, then repeats each line.
 pub(crate) fn echo(me: &worker::Current) {
-    me.say(me.var("SHARDLOCK_TEST_GREETING"));
-    while let Some(line) = me.hear() {
-        me.say(&line);
+    me.send(me.var("SHARDLOCK_TEST_GREETING"));
+    while let Some(line) = me.recv() {
+        me.send(&line);
     }
 }
 
@@ -22,8 +22,8 @@ pub(crate) fn echo(me: &worker::Current) {
 #[cfg(target_os = "linux")]
 pub(crate) fn serve(me: &worker::Current) {
     let server = RedisServer::start();
-    me.say(server.address());
-    me.hear();
+    me.send(server.address());
+    me.recv();
 }
 
 fn is_up(address: &str) -> bool {
@@ -115,7 +115,7 @@ fn a_dropped_server_is_gone() {
 }
 
 #[test]
-fn a_stopped_server_answers_again_when_it_goes_on() {
+fn stopped_server_answers_again_when_it_is_continued() {
     let server = RedisServer::start();
     server.stop();
     thread::scope(|scope| {
@@ -207,7 +207,7 @@ fn debug_commands_are_allowed() {
 }
 
 #[test]
-fn a_server_that_refuses_its_options_says_why() {
+fn error_of_a_server_with_invalid_options_names_the_option() {
     let start = catch_unwind(|| drop(RedisServer::start_with(&["--no-such-option", "1"])));
     let panic = start.expect_err("the server can't have started");
     let message = panic.downcast_ref::<String>().expect("a message");
@@ -224,7 +224,7 @@ fn the_servers_slots_are_those_of_the_client_library() {
 }
 
 #[test]
-fn a_worker_speaks_in_lines_and_ends_with_its_input() {
+fn worker_exchanges_lines_and_exits_at_the_end_of_its_input() {
     let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
     assert_eq!(worker.line(), "hello");
     for line in ["one", "", "@ three", "  four  "] {
@@ -235,7 +235,7 @@ fn a_worker_speaks_in_lines_and_ends_with_its_input() {
 }
 
 #[test]
-fn a_stopped_worker_is_silent_until_it_goes_on() {
+fn stopped_worker_is_silent_until_it_is_continued() {
     let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
     worker.line();
     for _ in 0..3 {
@@ -248,7 +248,7 @@ fn a_stopped_worker_is_silent_until_it_goes_on() {
 }
 
 #[test]
-fn a_killed_worker_says_no_more() {
+fn killed_worker_sends_nothing_more() {
     let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
     worker.line();
     worker.kill();

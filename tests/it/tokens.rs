@@ -90,7 +90,7 @@ on_each_store! {
 on_each_store! {
     on(redis_nodes, own);
 
-    async fn a_counter_that_went_back_is_raised_and_no_old_token_comes_again(store: &TestStore) {
+    async fn counter_that_went_back_is_raised_and_no_token_repeats(store: &TestStore) {
         let mut largest = Largest::default();
         let mut lockers = store.lockers(2, store.short_ttl());
         largest.grows_by(&mut lockers[0]);
@@ -197,10 +197,10 @@ pub(crate) async fn write_late(me: &worker::Current) {
     let mut resource = Resource::open(&me.var("SHARDLOCK_TEST_RESOURCE"), &me.var("SHARDLOCK_TEST_CHECK")).await;
     let guard = lock(&locks, "k").await;
     let value = resource.read().await;
-    me.say("read");
-    me.hear();
+    me.send("read");
+    me.recv();
     let taken = resource.write(value + 1, &guard).await;
-    me.say(if taken { "written" } else { "refused" });
+    me.send(if taken { "written" } else { "refused" });
 }
 
 /// Two writers add one each. A third has read before them and writes after them. Returns the third

@@ -23,7 +23,7 @@ async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: 
     let watcher = connect(store, LONG_TTL).await;
     let mut lockers = store.lockers(processes, LONG_TTL);
     for (place, locker) in lockers.iter_mut().enumerate() {
-        locker.ask();
+        locker.request();
         if place == 0 {
             locker.locked();
         } else {
@@ -33,7 +33,7 @@ async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: 
     let hand_off = async |lockers: &mut Vec<Locker>, holder: usize| {
         // The holder releases the lock and requests it again immediately.
         lockers[holder].release();
-        lockers[holder].ask();
+        lockers[holder].request();
         let next = (holder + 1) % processes;
         lockers[next].locked();
         // The last holder waits again.

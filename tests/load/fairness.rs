@@ -42,8 +42,8 @@ pub(crate) async fn contend(me: &worker::Current) {
     let told = tokio::task::spawn_blocking({
         let (me, count) = (me.clone(), count.clone());
         move || {
-            while me.hear().expect("the test sends a line") == COUNT {
-                me.say(count());
+            while me.recv().expect("the test sends a line") == COUNT {
+                me.send(count());
             }
         }
     });
@@ -52,7 +52,7 @@ pub(crate) async fn contend(me: &worker::Current) {
     while let Some(ended) = contending.join_next().await {
         ended.expect("a task");
     }
-    me.say(count());
+    me.send(count());
 }
 
 /// The lines that request the number of acquisitions and that stop a contender.
@@ -119,7 +119,7 @@ fn extremes(shares: &[Vec<u64>]) -> (u64, u64) {
 on_each_store! {
     on(servers);
 
-    async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets(store: &TestStore) {
+    async fn many_processes_get_nearly_equal_shares(store: &TestStore) {
         let _alone = ALONE.lock().await;
         let shares = shares(store, &[1; 12], 1).await;
         let (least, most) = extremes(&shares);
@@ -208,7 +208,7 @@ on_each_store! {
         assert_eq!(turns, expected);
     }
 
-    async fn a_burst_is_as_long_as_it_may_be_and_no_longer(store: &TestStore) {
+    async fn bursts_reach_but_never_exceed_max_burst(store: &TestStore) {
         let _alone = ALONE.lock().await;
         let settings = |builder: Builder| builder.max_burst(4).max_slice(Duration::from_secs(10));
         let turns = turns(store, 2, Duration::ZERO, settings).await;

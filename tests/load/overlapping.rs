@@ -66,7 +66,7 @@ pub(crate) async fn contend(me: &worker::Current) {
         ended.expect("a task");
     }
     locks.shutdown().await.expect("shut down");
-    me.say("done");
+    me.send("done");
 }
 
 /// Two to five of the keys in random order, and whether a request for them is given up first.

@@ -28,8 +28,8 @@ pub(crate) async fn use_permits(me: &worker::Current) {
         });
     }
     tokio::task::block_in_place(|| {
-        while me.hear().is_some() {
-            me.say(had.load(Ordering::Relaxed).to_string());
+        while me.recv().is_some() {
+            me.send(had.load(Ordering::Relaxed).to_string());
         }
     });
 }

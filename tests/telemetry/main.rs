@@ -14,7 +14,7 @@ use support::worker;
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
-        "stopped" => metrics::tell_stalls(&me),
+        "stopped" => metrics::report_stalls(&me),
         name => panic!("no worker is called {name}"),
     }
 }

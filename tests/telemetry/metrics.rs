@@ -60,7 +60,7 @@ async fn becomes(name: &str, labels: &[&str], wanted: impl Fn(f64) -> bool) {
 }
 
 #[tokio::test]
-async fn every_series_is_there_from_the_start_at_zero() {
+async fn every_series_starts_at_zero() {
     let locks = builder("zero", "memory://metrics-zero").connect().await.unwrap();
     for metric in METRICS
         .iter()
@@ -231,7 +231,7 @@ async fn each_kind_of_loss_is_counted_under_its_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscription_that_is_cut_off_and_a_grant_for_nobody_are_counted() {
+async fn subscription_reconnects_and_stale_grants_are_counted() {
     let server = RedisServer::start();
     let locks = builder("pushes", &server.url()).connect().await.unwrap();
     let ours = ["shard=\"pushes\""];
@@ -256,7 +256,7 @@ async fn a_subscription_that_is_cut_off_and_a_grant_for_nobody_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_dies_is_down_even_if_nobody_locks() {
+async fn killed_server_is_reported_down_even_without_requests() {
     let server = RedisServer::start();
     let locks = builder("idle", &server.url()).connect().await.unwrap();
     assert!(locks.shards()[0].is_up);
@@ -269,7 +269,7 @@ async fn a_server_that_dies_is_down_even_if_nobody_locks() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_bounds_of_bypass_and_the_sizes_of_batches_are_counted() {
+async fn bypass_limits_and_batch_sizes_are_counted() {
     let server = RedisServer::start();
     let first = builder("bypass", &server.url())
         .max_burst(3)
@@ -418,7 +418,7 @@ async fn longest_hold_and_wait_are_reported_by_class() {
 
 /// Readers, writers and holders of permits are counted apart.
 #[tokio::test]
-async fn each_mode_is_counted_apart() {
+async fn each_mode_is_counted_separately() {
     let locks = builder("modes", "memory://metrics-modes").connect().await.unwrap();
     let of = |name: &str, mode: &str| sum(name, &["\"modes\"", &format!("mode=\"{mode}\"")]);
     let become_of = async |name: &str, wanted: [f64; 3]| {
@@ -494,7 +494,7 @@ async fn permits_and_their_limits_are_reported_by_class() {
 }
 
 #[tokio::test]
-async fn classes_beyond_the_limit_are_one() {
+async fn classes_beyond_the_limit_are_merged() {
     let locks = builder("classes", "memory://metrics-classes")
         .max_classes(3)
         .connect()
@@ -523,15 +523,15 @@ async fn classes_beyond_the_limit_are_one() {
 
 /// Reports the number and the total duration of its stalls, each time the test asks.
 #[tokio::main]
-pub(crate) async fn tell_stalls(me: &worker::Current) {
+pub(crate) async fn report_stalls(me: &worker::Current) {
     let locks = builder("stalls", "memory://metrics-stalls").connect().await.unwrap();
-    me.say("connected");
-    while me.hear().is_some() {
+    me.send("connected");
+    while me.recv().is_some() {
         let (count, seconds) = (
             sum("shardlock_runtime_stalls_total", &[]),
             sum("shardlock_runtime_stall_seconds_sum", &[]),
         );
-        me.say(format!("{count} {seconds}"));
+        me.send(format!("{count} {seconds}"));
     }
     drop(locks);
 }

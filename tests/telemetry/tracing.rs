@@ -127,7 +127,7 @@ async fn acquiring_holding_and_renewing_are_spans() {
     let token = guard.token();
     assert_eq!(
         listener.lines("span acquire key=in-a-span"),
-        ["span acquire key=in-a-span only_try=false"]
+        ["span acquire key=in-a-span try_only=false"]
     );
     assert_eq!(
         listener.lines("span hold key=in-a-span"),
@@ -146,7 +146,7 @@ async fn acquiring_holding_and_renewing_are_spans() {
 }
 
 #[test]
-fn without_log_keys_no_key_is_told_above_debug() {
+fn without_log_keys_no_key_is_logged_above_debug() {
     let listener = Listener::new(LevelFilter::INFO);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -217,7 +217,7 @@ async fn without_log_keys_losses_holds_and_terms_do_not_name_the_key() {
 
 /// A server that fails loses all locks of a process at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_lost_locks_have_a_few_lines_and_their_number() {
+async fn many_lost_locks_log_a_few_lines_and_their_number() {
     let listener = listener();
     let locks = LockManager::builder().named_shard("many", "memory://tracing-many");
     let locks = locks.connect().await.unwrap();
@@ -244,7 +244,7 @@ async fn many_lost_locks_have_a_few_lines_and_their_number() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
+async fn slow_waits_are_logged_with_their_caller_and_rate_limited() {
     let listener = listener();
     let server = RedisServer::start();
     let locks = LockManager::builder()
@@ -332,7 +332,7 @@ async fn a_slow_wait_is_logged_while_it_lasts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_has_a_line_when_it_begins_and_one_when_it_is_over() {
+async fn outage_logs_one_line_at_its_start_and_one_at_its_end() {
     let listener = listener();
     let server = RedisServer::start();
     let ttl = Duration::from_millis(500);
@@ -370,7 +370,7 @@ async fn an_outage_has_a_line_when_it_begins_and_one_when_it_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_hold_is_told_while_it_lasts() {
+async fn long_hold_is_logged_while_it_lasts() {
     let listener = listener();
     let locks = LockManager::builder()
         .named_shard("long", "memory://tracing-long")

@@ -33,7 +33,7 @@ impl<W> Queue<W> {
         let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
             return;
         };
-        let kind = match (first.want.try_only, self.remote_waiters_seen) {
+        let kind = match (first.options.try_only, self.remote_waiters_seen) {
             (true, _) => AcquireKind::Try,
             (false, true) => AcquireKind::Enqueue,
             // The fast path is for exclusive locks.
@@ -41,20 +41,20 @@ impl<W> Queue<W> {
             (false, false) => AcquireKind::Fast,
         };
         // A try cannot be queued, so as an owner it needs notifications of remote waiters.
-        let expects_rivals = kind == AcquireKind::Enqueue && self.remote_waiters_seen;
-        self.start_acquire_as(kind, expects_rivals, cx, effects);
+        let expects_remote_waiters = kind == AcquireKind::Enqueue && self.remote_waiters_seen;
+        self.start_acquire_as(kind, expects_remote_waiters, cx, effects);
     }
 
     /// Starts a cycle.
     pub(super) fn start_acquire_as(
         &mut self,
         kind: AcquireKind,
-        expects_rivals: bool,
+        expects_remote_waiters: bool,
         cx: Context<'_>,
         effects: &mut Effects<W>,
     ) {
         self.take_ttl_of_first();
-        let cycle = cx.open_cycle(self.mode, expects_rivals, self.ttl);
+        let cycle = cx.open_cycle(self.mode, expects_remote_waiters, self.ttl);
         self.asked_in = cx.epoch;
         self.phase = Phase::Acquiring(Acquiring::new(cycle, kind, None));
         let request = self.acquire_request(cycle, kind);
@@ -65,7 +65,7 @@ impl<W> Queue<W> {
     /// store's queue.
     pub(super) fn retry_acquire(&mut self, effects: &mut Effects<W>) {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        let kind = if first.is_some_and(|first| first.want.try_only) {
+        let kind = if first.is_some_and(|first| first.options.try_only) {
             AcquireKind::Try
         } else {
             AcquireKind::Enqueue
@@ -86,7 +86,7 @@ impl<W> Queue<W> {
     /// The lease gets the TTL requested by the first waiter.
     pub(super) fn take_ttl_of_first(&mut self) {
         if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
-            self.ttl = first.want.lease_ttl();
+            self.ttl = first.options.lease_ttl();
         }
     }
 
@@ -96,7 +96,7 @@ impl<W> Queue<W> {
             .waiters
             .first()
             .and_then(|id| self.waiters.get(id))
-            .is_some_and(|first| !first.want.linger.is_none());
+            .is_some_and(|first| !first.options.linger.is_none());
         // One token is enough if no other task waits, unless the lease is to linger for later
         // tasks.
         let tokens = match (self.waiters.len() as u64).max(self.beside) {
@@ -136,7 +136,7 @@ impl<W> Queue<W> {
                 } else {
                     Path::Uncontended
                 };
-                self.remote_waiters_seen = acquiring.wanted || queued > 0 || was_queued;
+                self.remote_waiters_seen = acquiring.remote_waiter_seen || queued > 0 || was_queued;
                 self.hold(cycle, tokens, answer.ttl, answer.sent_at, path, cx, effects);
             }
             AcquireReply::Queued(position) => self.queued(answer.sent_at, position, cx, effects),
@@ -186,7 +186,7 @@ impl<W> Queue<W> {
         self.phase = Phase::Queued(Queued {
             cycle,
             mark: position.enqueue_token,
-            asked_at: sent_at,
+            sent_at,
             retry_at: cx.now + look_in,
         });
         if let Some(grant) = early {
@@ -202,17 +202,17 @@ impl<W> Queue<W> {
         &mut self,
         grant: Grant,
         mark: u64,
-        asked_at: Moment,
+        sent_at: Moment,
         cx: Context<'_>,
         effects: &mut Effects<W>,
     ) {
         #[cfg(test)]
-        let (mark, asked_at) = (
+        let (mark, sent_at) = (
             if cx.rules.has(Flaw::IgnoresMarks) { 0 } else { mark },
             if cx.rules.has(Flaw::CountsFromReceipt) {
                 cx.now
             } else {
-                asked_at
+                sent_at
             },
         );
         if grant.tokens.first() <= mark {
@@ -220,10 +220,10 @@ impl<W> Queue<W> {
             return;
         }
         let ttl = grant.cycle.ttl();
-        if (asked_at + ttl).since(cx.now) * 2 <= ttl {
+        if (sent_at + ttl).since(cx.now) * 2 <= ttl {
             return self.retry_acquire(effects);
         }
-        self.hold(grant.cycle, grant.tokens, ttl, asked_at, Path::RemoteGrant, cx, effects);
+        self.hold(grant.cycle, grant.tokens, ttl, sent_at, Path::RemoteGrant, cx, effects);
     }
 
     /// The reply grants the lease, but it expired in transit.

@@ -151,12 +151,17 @@ impl<W> Contender<W> {
         either!(self, it => it.failed_attempts())
     }
 
-    pub(crate) fn trouble(&self) -> Option<&LockError> {
-        either!(self, it => it.trouble())
+    pub(crate) fn outage(&self) -> Option<&LockError> {
+        either!(self, it => it.outage())
     }
 
-    pub(crate) fn want(&mut self, want: WaiterOptions, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
-        either!(self, it => it.want(want, waker, cx))
+    pub(crate) fn enqueue(
+        &mut self,
+        options: WaiterOptions,
+        waker: Option<W>,
+        cx: Context<'_>,
+    ) -> (WaiterId, Effects<W>) {
+        either!(self, it => it.enqueue(options, waker, cx))
     }
 
     pub(crate) fn is_settled(&self, id: WaiterId) -> bool {

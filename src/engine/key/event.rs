@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Outage;
+use super::StoreOutage;
 use crate::clock::Moment;
 use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Grant, ReleaseReply, RenewReply};
@@ -24,7 +24,7 @@ pub(crate) enum StoreEvent<'a> {
     RequestFailed {
         error: &'a LockError,
         /// Set if the store is unreachable.
-        outage: Option<Outage>,
+        outage: Option<StoreOutage>,
     },
     /// The task that executed a request was cancelled before the reply arrived.
     RequestCancelled,

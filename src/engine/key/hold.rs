@@ -41,7 +41,7 @@ impl<W> Queue<W> {
         }
         // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
         // some.
-        let remote_waiters = self.remote_waiters_seen || cycle.expects_rivals();
+        let remote_waiters = self.remote_waiters_seen || cycle.expects_remote_waiters();
         let turn = Turn::begin(cx.now, 0, self.in_line(), self.share);
         self.phase = Phase::Held(Held {
             lease: Arc::new(Lease::new(cycle, valid_until, ttl)),
@@ -177,7 +177,7 @@ impl<W> Queue<W> {
     /// The `min_hold` of the first waiter.
     pub(super) fn min_hold_of_first(&self) -> MinHold {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        first.map_or(MinHold::NONE, |first| first.want.min_hold)
+        first.map_or(MinHold::NONE, |first| first.options.min_hold)
     }
 
     /// Releases the lease if it is lingering.
@@ -209,12 +209,12 @@ impl<W> Queue<W> {
             return self.extend(cx, effects);
         };
         let Some(waiter) = self.waiters.get_mut(id) else { return };
-        self.ttl = waiter.want.ttl;
-        let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
-        held.linger = waiter.want.linger;
+        self.ttl = waiter.options.ttl;
+        let hold_until = waiter.options.max_hold.map(|longest| cx.now + longest);
+        held.linger = waiter.options.linger;
         held.min_hold_until = None;
-        if !waiter.want.min_hold.is_none() {
-            let until = cx.now + waiter.want.min_hold.time();
+        if !waiter.options.min_hold.is_none() {
+            let until = cx.now + waiter.options.min_hold.time();
             held.min_hold_until = Some(until);
             cx.min_holds.record(held.lease.cycle, until, cx.now);
         }
@@ -235,16 +235,16 @@ impl<W> Queue<W> {
         self.resolve(id, outcome, effects);
     }
 
-    /// Whether a task that has waited since `asked_at` came after the turn of our lease began.
-    pub(super) fn came_later(&self, asked_at: Moment) -> bool {
-        matches!(&self.phase, Phase::Held(held) if held.came_later(asked_at))
+    /// Whether a task that has waited since `waiting_since` came after the turn of our lease began.
+    pub(super) fn came_later(&self, waiting_since: Moment) -> bool {
+        matches!(&self.phase, Phase::Held(held) if held.came_later(waiting_since))
     }
 
-    /// Why our lease must not serve one more task, which has waited since `asked_at`, if remote
-    /// waiters are the reason.
-    pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
+    /// Why our lease must not serve one more task, which has waited since `waiting_since`, if
+    /// remote waiters are the reason.
+    pub(super) fn reached_bound(&self, waiting_since: Moment, cx: Context<'_>) -> Option<Bound> {
         match &self.phase {
-            Phase::Held(held) => held.reached_bound(asked_at, cx),
+            Phase::Held(held) => held.reached_bound(waiting_since, cx),
             _ => None,
         }
     }
@@ -254,19 +254,19 @@ impl<W> Queue<W> {
         (self.waiters.len() as u64).max(self.beside)
     }
 
-    /// Whether a task that has waited since `asked_at` may be let in beside the present guard.
-    pub(super) fn may_join(&self, asked_at: Moment, cx: Context<'_>) -> bool {
+    /// Whether a task that has waited since `waiting_since` may be let in beside the present guard.
+    pub(super) fn may_join(&self, waiting_since: Moment, cx: Context<'_>) -> bool {
         let Phase::Held(held) = &self.phase else { return false };
         let is_held = held.guard().is_some() && held.lease.loss_at(cx.now).is_none();
-        is_held && held.reached_bound(asked_at, cx).is_none()
+        is_held && held.reached_bound(waiting_since, cx).is_none()
     }
 
-    /// Lets a task that has waited since `asked_at` in beside the present guard, and returns its
-    /// token. If the lease has too little time or no tokens left, it is extended first, and the
+    /// Lets a task that has waited since `waiting_since` in beside the present guard, and returns
+    /// its token. If the lease has too little time or no tokens left, it is extended first, and the
     /// task has to ask again.
-    pub(super) fn join(&mut self, asked_at: Moment, cx: Context<'_>) -> (Option<FencingToken>, Effects<W>) {
+    pub(super) fn join(&mut self, waiting_since: Moment, cx: Context<'_>) -> (Option<FencingToken>, Effects<W>) {
         let mut effects = Effects::none();
-        if !self.may_join(asked_at, cx) {
+        if !self.may_join(waiting_since, cx) {
             return (None, effects);
         }
         let Phase::Held(held) = &mut self.phase else {
@@ -281,18 +281,18 @@ impl<W> Queue<W> {
     }
 
     /// The guard is for another waiter than the one that was served. Returns the lease.
-    pub(super) fn serve_for_another(&mut self, want: &WaiterOptions, cx: Context<'_>) -> Option<Arc<Lease>> {
+    pub(super) fn serve_for_another(&mut self, options: &WaiterOptions, cx: Context<'_>) -> Option<Arc<Lease>> {
         let Phase::Held(held) = &mut self.phase else {
             return None;
         };
-        held.linger = want.linger;
+        held.linger = options.linger;
         if self.mode == LockMode::Shared {
             // Each guard watches its own `max_hold`.
-            self.ttl = self.ttl.max(want.ttl);
+            self.ttl = self.ttl.max(options.ttl);
         } else {
-            self.ttl = want.ttl;
+            self.ttl = options.ttl;
             if let Occupant::Guard(holder) = &mut held.occupant {
-                holder.hold_until = want.max_hold.map(|longest| cx.now + longest);
+                holder.hold_until = options.max_hold.map(|longest| cx.now + longest);
             }
         }
         Some(Arc::clone(&held.lease))
@@ -384,7 +384,7 @@ impl<W> Queue<W> {
             // the front.
             if let Some(waiter) = self.waiters.get_mut(id) {
                 waiter.outcome = None;
-                let class = waiter.want.class;
+                let class = waiter.options.class;
                 self.note_class(class);
             }
             self.waiters.return_to_front(id);
@@ -423,7 +423,7 @@ impl<W> Queue<W> {
     /// Fails the tries at the front of the line, because other managers want the key.
     pub(super) fn refuse_tries(&mut self, effects: &mut Effects<W>) {
         while let Some(id) = self.waiters.first()
-            && self.waiters.get(id).is_some_and(|waiter| waiter.want.try_only)
+            && self.waiters.get(id).is_some_and(|waiter| waiter.options.try_only)
         {
             self.resolve(id, Outcome::Busy, effects);
         }

@@ -61,7 +61,7 @@ use std::time::Duration;
 pub(crate) use contender::Contender;
 pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
 pub(crate) use event::StoreEvent;
-pub(crate) use outage::Outage;
+pub(crate) use outage::StoreOutage;
 pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, MinHold, Outcome, Path, Rules, WaiterOptions};
 #[cfg(test)]
 pub(crate) use types::{Flaw, Unlimited};
@@ -73,7 +73,7 @@ use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::mode::LockMode;
 use crate::protocol::Cycle;
-use outage::Trouble;
+use outage::KeyOutage;
 use phase::{Held, Occupant, Phase, Queued};
 use waiters::Waiters;
 
@@ -94,7 +94,7 @@ pub(crate) fn drift(ttl: Duration) -> Duration {
 
 #[derive(Debug)]
 struct Waiter<W> {
-    want: WaiterOptions,
+    options: WaiterOptions,
     since: Moment,
     /// Wakes the waiter when its outcome is available. Taken at that point.
     waker: Option<W>,
@@ -118,7 +118,7 @@ pub(crate) struct Queue<W> {
     /// The epoch in which the current or most recent request was made.
     asked_in: u32,
     /// Set while requests for this key fail because the store is unreachable.
-    trouble: Option<Box<Trouble>>,
+    outage: Option<Box<KeyOutage>>,
     /// Whether waiters of different classes may be in line.
     has_mixed_classes: bool,
     /// Whether remote waiters were seen during the last hold, in which case the fast path is
@@ -146,7 +146,7 @@ impl<W> Queue<W> {
             beside: 0,
             share: u32::MAX,
             asked_in: 0,
-            trouble: None,
+            outage: None,
             has_mixed_classes: false,
             remote_waiters_seen: false,
             closed: false,
@@ -225,14 +225,14 @@ impl<W> Queue<W> {
     pub(crate) fn each_wait(&self, mut see: impl FnMut(&WaiterOptions, Moment)) {
         let most = if self.has_mixed_classes { usize::MAX } else { 1 };
         for (_, waiter) in self.waiters.iter().take(most) {
-            see(&waiter.want, waiter.since);
+            see(&waiter.options, waiter.since);
         }
     }
 
     /// Called before a waiter of this class joins the line.
     fn note_class(&mut self, class: u16) {
         let first = self.waiters.first().and_then(|first| self.waiters.get(first));
-        self.has_mixed_classes = first.is_some_and(|first| self.has_mixed_classes || first.want.class != class);
+        self.has_mixed_classes = first.is_some_and(|first| self.has_mixed_classes || first.options.class != class);
     }
 
     /// When the linger period ends, if the lease is lingering.
@@ -276,31 +276,36 @@ impl<W> Queue<W> {
 
     /// Enqueues a waiter. Its outcome can be [`collect`](Self::collect)ed when an effect returns
     /// its waker, or immediately.
-    pub(crate) fn want(&mut self, want: WaiterOptions, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
-        self.want_since(cx.now, want, waker, cx)
+    pub(crate) fn enqueue(
+        &mut self,
+        options: WaiterOptions,
+        waker: Option<W>,
+        cx: Context<'_>,
+    ) -> (WaiterId, Effects<W>) {
+        self.enqueue_since(cx.now, options, waker, cx)
     }
 
     /// Enqueues a waiter that has been waiting since then, at the end of the line.
-    fn want_since(
+    fn enqueue_since(
         &mut self,
         since: Moment,
-        want: WaiterOptions,
+        options: WaiterOptions,
         waker: Option<W>,
         cx: Context<'_>,
     ) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
             Some(Outcome::Failed(Failure::Closed.into()))
-        } else if want.try_only && !self.is_free_for_a_try() {
+        } else if options.try_only && !self.is_free_for_a_try() {
             Some(Outcome::Busy)
         } else {
-            self.refused_by_outage(want.in_outage)
+            self.refused_by_outage(options.in_outage)
         };
         let settled = refused.is_some();
         // A waiter that already has its outcome keeps no waker.
         let waker = if !settled {
             waker
-        } else if want.try_only {
+        } else if options.try_only {
             // A try collects its outcome immediately.
             effects.discarded = waker;
             None
@@ -309,9 +314,9 @@ impl<W> Queue<W> {
             effects.wake(waker);
             None
         };
-        self.note_class(want.class);
+        self.note_class(options.class);
         let id = self.waiters.push_back(Waiter {
-            want,
+            options,
             since,
             waker,
             outcome: refused,
@@ -322,11 +327,11 @@ impl<W> Queue<W> {
         }
         match &self.phase {
             Phase::Idle => {
-                self.remote_waiters_seen |= want.contended_hint;
+                self.remote_waiters_seen |= options.contended_hint;
                 self.start_acquire(cx, &mut effects);
             }
             Phase::Held(held) if held.lingers_until().is_some() => self.resume(cx, &mut effects),
-            _ => self.bear(want.in_outage, cx.now),
+            _ => self.note_deadline(options.in_outage, cx.now),
         }
         (id, effects)
     }

@@ -22,7 +22,7 @@ use crate::protocol::Cycle;
 
 /// The store is unreachable, as seen by the shard.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Outage {
+pub(crate) struct StoreOutage {
     /// When the outage began.
     pub(crate) since: Moment,
     /// How long a waiter without its own limit waits through an outage.
@@ -33,8 +33,8 @@ pub(crate) struct Outage {
 
 /// The outage that affects the waiters of a key, from the first failed request to the next reply.
 #[derive(Debug)]
-pub(super) struct Trouble {
-    outage: Outage,
+pub(super) struct KeyOutage {
+    outage: StoreOutage,
     error: LockError,
     /// The number of failed requests.
     attempts: u32,
@@ -46,7 +46,7 @@ pub(super) struct Trouble {
 /// thousands of affected keys need few checks.
 const GRID: u64 = 1 << 24;
 
-impl Trouble {
+impl KeyOutage {
     /// Until when a waiter that enqueued at `since` waits. `None` if the waiter has its own limit.
     fn bears_until(&self, waits: InOutage, since: Moment) -> Option<Moment> {
         match waits {
@@ -57,10 +57,10 @@ impl Trouble {
     }
 
     /// The trouble after another failed request.
-    pub(super) fn after(before: Option<Box<Self>>, outage: Outage, error: &LockError) -> Self {
+    pub(super) fn after(before: Option<Box<Self>>, outage: StoreOutage, error: &LockError) -> Self {
         let since = before.as_ref().map_or(outage.since, |before| before.outage.since);
         Self {
-            outage: Outage { since, ..outage },
+            outage: StoreOutage { since, ..outage },
             error: error.clone(),
             attempts: before.map_or(0, |before| before.attempts).saturating_add(1),
             deadline: None,
@@ -68,7 +68,7 @@ impl Trouble {
     }
 
     /// The waiters that have run out of patience, with their outcomes. Finds the next deadline.
-    pub(super) fn impatient(
+    pub(super) fn expired_waiters(
         &mut self,
         waiters: impl Iterator<Item = (WaiterId, InOutage, Moment)>,
         cx: Context<'_>,
@@ -81,7 +81,7 @@ impl Trouble {
                     let error = self.error.clone().after(cx.now.since(since));
                     failed.push((id, Outcome::Failed(error)));
                 }
-                Some(_) => self.bear(in_outage, since),
+                Some(_) => self.note_deadline(in_outage, since),
                 None => {}
             }
         }
@@ -89,7 +89,7 @@ impl Trouble {
     }
 
     /// Accounts for a waiter.
-    pub(super) fn bear(&mut self, in_outage: InOutage, since: Moment) {
+    pub(super) fn note_deadline(&mut self, in_outage: InOutage, since: Moment) {
         if let Some(until) = self.bears_until(in_outage, since) {
             self.deadline = Some(self.deadline.map_or(until, |earlier| earlier.min(until)));
         }
@@ -113,38 +113,41 @@ impl Trouble {
 impl<W> Queue<W> {
     /// The number of requests that failed since the last reply.
     pub(crate) fn failed_attempts(&self) -> u32 {
-        self.trouble.as_ref().map_or(0, |trouble| trouble.attempts)
+        self.outage.as_ref().map_or(0, |outage| outage.attempts)
     }
 
     /// Why the last request got no reply, if it failed.
-    pub(crate) fn trouble(&self) -> Option<&LockError> {
-        self.trouble.as_ref().map(|trouble| &trouble.error)
+    pub(crate) fn outage(&self) -> Option<&LockError> {
+        self.outage.as_ref().map(|outage| &outage.error)
     }
 
     /// A request failed. Waiters that do not tolerate the outage, or no longer do, fail. The others
     /// keep waiting if the store is unreachable.
-    pub(super) fn suffer(
+    pub(super) fn on_outage_failure(
         &mut self,
         error: &LockError,
-        outage: Option<Outage>,
+        outage: Option<StoreOutage>,
         cx: Context<'_>,
         effects: &mut Effects<W>,
     ) {
         let Some(outage) = outage else {
             return self.fail_all(&Outcome::Failed(error.clone()), effects);
         };
-        self.trouble = Some(Box::new(Trouble::after(self.trouble.take(), outage, error)));
+        self.outage = Some(Box::new(KeyOutage::after(self.outage.take(), outage, error)));
         self.fail_impatient(cx, effects);
         if self.waiters.is_empty() {
-            self.trouble = None;
+            self.outage = None;
         }
     }
 
     /// Fails the waiters that have run out of patience.
     pub(super) fn fail_impatient(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let Some(trouble) = &mut self.trouble else { return };
+        let Some(outage) = &mut self.outage else { return };
         let line = self.waiters.iter();
-        let failed = trouble.impatient(line.map(|(id, waiter)| (id, waiter.want.in_outage, waiter.since)), cx);
+        let failed = outage.expired_waiters(
+            line.map(|(id, waiter)| (id, waiter.options.in_outage, waiter.since)),
+            cx,
+        );
         for (id, outcome) in failed {
             self.resolve(id, outcome, effects);
         }
@@ -152,26 +155,26 @@ impl<W> Queue<W> {
 
     /// The outcome for a waiter that arrives during an outage and does not tolerate one.
     pub(super) fn refused_by_outage(&self, in_outage: InOutage) -> Option<Outcome> {
-        match (&self.phase, &self.trouble) {
-            (Phase::Retrying { .. }, Some(trouble)) => trouble.refuses(in_outage),
+        match (&self.phase, &self.outage) {
+            (Phase::Retrying { .. }, Some(outage)) => outage.refuses(in_outage),
             _ => None,
         }
     }
 
     /// Accounts for a new waiter.
-    pub(super) fn bear(&mut self, in_outage: InOutage, since: Moment) {
-        if let Some(trouble) = &mut self.trouble {
-            trouble.bear(in_outage, since);
+    pub(super) fn note_deadline(&mut self, in_outage: InOutage, since: Moment) {
+        if let Some(outage) = &mut self.outage {
+            outage.note_deadline(in_outage, since);
         }
     }
 
     /// When the next retry is due or the next waiter fails, rounded up to the grid.
     pub(super) fn outage_deadline(&self) -> Option<Moment> {
-        let trouble = self.trouble.as_ref()?;
-        let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(trouble.outage.retry_at);
-        let earliest = retry_at.into_iter().chain(trouble.deadline).min()?;
+        let outage = self.outage.as_ref()?;
+        let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(outage.outage.retry_at);
+        let earliest = retry_at.into_iter().chain(outage.deadline).min()?;
         // The grid is shifted by the start of the outage, so each process has its own.
-        let phase = trouble.outage.since.as_nanos() % GRID;
+        let phase = outage.outage.since.as_nanos() % GRID;
         let nanos = earliest.as_nanos().saturating_sub(phase);
         Some(Moment::from_nanos(
             nanos.div_ceil(GRID).saturating_mul(GRID).saturating_add(phase),
@@ -180,9 +183,9 @@ impl<W> Queue<W> {
 
     /// Time passed during an outage.
     pub(super) fn tick_in_outage(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let Some(trouble) = &self.trouble else { return };
-        let retry_at = trouble.outage.retry_at;
-        if trouble.deadline.is_some_and(|deadline| cx.now >= deadline) {
+        let Some(outage) = &self.outage else { return };
+        let retry_at = outage.outage.retry_at;
+        if outage.deadline.is_some_and(|deadline| cx.now >= deadline) {
             self.fail_impatient(cx, effects);
         }
         if let Phase::Retrying { cycle, .. } = self.phase {
@@ -198,6 +201,6 @@ impl<W> Queue<W> {
     pub(super) fn stop_retrying(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
         effects.abandon(cycle);
         self.phase = Phase::Idle;
-        self.trouble = None;
+        self.outage = None;
     }
 }

@@ -47,7 +47,7 @@ pub(super) struct Acquiring {
     /// A grant that overtook the reply.
     pub(super) early: Option<Grant>,
     /// Whether a remote waiter was reported before the reply arrived.
-    pub(super) wanted: bool,
+    pub(super) remote_waiter_seen: bool,
     /// Pushes may have been missed since the request was sent, so a "queued" reply cannot be relied
     /// on.
     pub(super) missed_pushes: bool,
@@ -62,7 +62,7 @@ pub(super) struct Queued {
     pub(super) cycle: Cycle,
     pub(super) mark: u64,
     /// When the request that got the "queued" reply was sent. The grant is made after that.
-    pub(super) asked_at: Moment,
+    pub(super) sent_at: Moment,
     /// When to ask again without a push.
     pub(super) retry_at: Moment,
 }
@@ -145,7 +145,7 @@ impl Acquiring {
             kind,
             releases,
             early: None,
-            wanted: false,
+            remote_waiter_seen: false,
             missed_pushes: false,
             was_queued: false,
             too_late: 0,
@@ -230,16 +230,16 @@ impl Held {
             .get_or_insert(Turn::begin(now, 1, waiting, share.saturating_add(1)));
     }
 
-    /// Whether a task that has waited since `asked_at` came after the turn began.
-    pub(super) fn came_later(&self, asked_at: Moment) -> bool {
-        self.turn.as_ref().is_some_and(|turn| asked_at > turn.began)
+    /// Whether a task that has waited since `waiting_since` came after the turn began.
+    pub(super) fn came_later(&self, waiting_since: Moment) -> bool {
+        self.turn.as_ref().is_some_and(|turn| waiting_since > turn.began)
     }
 
-    /// Why the turn must not serve one more task, which has waited since `asked_at`, if it must
-    /// not.
-    pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
+    /// Why the turn must not serve one more task, which has waited since `waiting_since`, if it
+    /// must not.
+    pub(super) fn reached_bound(&self, waiting_since: Moment, cx: Context<'_>) -> Option<Bound> {
         let turn = self.turn.as_ref()?;
-        let came_later = self.came_later(asked_at);
+        let came_later = self.came_later(waiting_since);
         #[cfg(test)]
         let came_later = came_later && !cx.rules.has(Flaw::ServesNewcomers);
         if came_later || turn.served >= turn.share {

@@ -3,7 +3,7 @@
 use super::Queue;
 use super::effect::Effects;
 use super::event::StoreEvent;
-use super::outage::Outage;
+use super::outage::StoreOutage;
 use super::phase::Phase;
 use super::types::Context;
 use crate::error::LockError;
@@ -34,7 +34,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Acquiring(acquiring) if acquiring.cycle == cycle => {
-                self.trouble = None;
+                self.outage = None;
                 self.answered(answer, cx, &mut effects);
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => self.extended(answer, cx, &mut effects),
@@ -62,7 +62,7 @@ impl<W> Queue<W> {
             }
             Phase::Acquiring(acquiring) if acquiring.releases == Some(cycle) => {
                 acquiring.releases = None;
-                self.trouble = None;
+                self.outage = None;
                 match answer.reply.requeued {
                     Some(reply) => {
                         let Answer {
@@ -90,7 +90,7 @@ impl<W> Queue<W> {
         &mut self,
         cycle: Cycle,
         error: &LockError,
-        outage: Option<Outage>,
+        outage: Option<StoreOutage>,
         cx: Context<'_>,
     ) -> Effects<W> {
         let mut effects = Effects::none();
@@ -100,7 +100,7 @@ impl<W> Queue<W> {
                     effects.abandon(released);
                 }
                 let (cycle, was_queued) = (acquiring.cycle, acquiring.was_queued || acquiring.early.is_some());
-                self.suffer(error, outage, cx, &mut effects);
+                self.on_outage_failure(error, outage, cx, &mut effects);
                 if self.waiters.is_empty() {
                     effects.abandon(cycle);
                     self.phase = Phase::Idle;
@@ -112,9 +112,9 @@ impl<W> Queue<W> {
                 held.extending = false;
                 (held.in_doubt, held.extension_failed) = (true, true);
                 if held.guard().is_none() {
-                    self.suffer(error, outage, cx, &mut effects);
+                    self.on_outage_failure(error, outage, cx, &mut effects);
                     // There is no token for the remaining waiters; a new cycle serves them.
-                    self.trouble = None;
+                    self.outage = None;
                     self.release(cycle, &mut effects);
                 }
             }
@@ -182,8 +182,8 @@ impl<W> Queue<W> {
                 }
             }
             Phase::Queued(queued) if queued.cycle == grant.cycle => {
-                let (mark, asked_at) = (queued.mark, queued.asked_at);
-                self.enter(grant, mark, asked_at, cx, &mut effects);
+                let (mark, sent_at) = (queued.mark, queued.sent_at);
+                self.enter(grant, mark, sent_at, cx, &mut effects);
             }
             // The enqueue mark is unknown, so only a reply can confirm the grant.
             Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.retry_acquire(&mut effects),
@@ -221,7 +221,7 @@ impl<W> Queue<W> {
         let is_current = self.is_current(cycle);
         match &mut self.phase {
             Phase::Held(held) if held.lease.cycle == cycle => self.note_remote_waiters(cx, &mut effects),
-            Phase::Acquiring(acquiring) if acquiring.cycle == cycle => acquiring.wanted = true,
+            Phase::Acquiring(acquiring) if acquiring.cycle == cycle => acquiring.remote_waiter_seen = true,
             _ if is_current => {}
             _ => effects.abandon(cycle),
         }

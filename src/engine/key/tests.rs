@@ -1,18 +1,18 @@
 //! The queue as a specification: one test per rule, and all short runs of events against the
 //! invariants.
 
+mod cancellation;
 mod exhaustive;
 mod extending;
-mod giving_up;
 mod group;
-mod handing_on;
+mod hand_off;
 mod late;
 mod lingering;
+mod losses;
 mod min_hold;
 mod outage;
 mod remote;
-mod telling;
-mod trouble;
+mod reported_effects;
 mod turns;
 
 use std::time::Duration;
@@ -36,7 +36,7 @@ struct Bench {
     keys: Keys,
     epoch: u32,
     /// What the last event reported for metrics and for tasks that wait for a loss.
-    told: Told,
+    reported: Reported,
 }
 
 /// A number of keys.
@@ -51,7 +51,7 @@ impl Capacity for Keys {
 
 /// Results that no waiter depends on, but that are counted or passed on.
 #[derive(Debug, Default, PartialEq)]
-struct Told {
+struct Reported {
     served: Option<u32>,
     yielded: Option<Bound>,
     ended: Option<Cycle>,
@@ -80,7 +80,7 @@ const fn at(millis: u64) -> Moment {
 }
 
 /// A waiter with no special options.
-const WANT: WaiterOptions = WaiterOptions {
+const OPTIONS: WaiterOptions = WaiterOptions {
     mode: LockMode::Exclusive,
     ttl: TTL,
     max_hold: None,
@@ -157,7 +157,7 @@ impl Bench {
             now: at(1_000),
             keys: Keys(0),
             epoch: 0,
-            told: Told::default(),
+            reported: Reported::default(),
         }
     }
 
@@ -176,7 +176,7 @@ impl Bench {
         };
         let (result, effects) = happens(&mut self.queue, cx);
         let rare = effects.rare.unwrap_or_default();
-        self.told = Told {
+        self.reported = Reported {
             served: effects.served,
             yielded: effects.yielded,
             ended: rare.ended.first().map(|lease| lease.cycle),
@@ -191,12 +191,12 @@ impl Bench {
         (result, seen)
     }
 
-    fn want(&mut self, waker: u32) -> (WaiterId, Seen) {
-        self.want_as(waker, WANT)
+    fn enqueue(&mut self, waker: u32) -> (WaiterId, Seen) {
+        self.enqueue_as(waker, OPTIONS)
     }
 
-    fn want_as(&mut self, waker: u32, want: WaiterOptions) -> (WaiterId, Seen) {
-        self.event(|queue, cx| queue.want(want, Some(waker), cx))
+    fn enqueue_as(&mut self, waker: u32, options: WaiterOptions) -> (WaiterId, Seen) {
+        self.event(|queue, cx| queue.enqueue(options, Some(waker), cx))
     }
 
     fn give_up(&mut self, id: WaiterId) -> Seen {
@@ -215,7 +215,7 @@ impl Bench {
     }
 
     /// Replies to a release.
-    fn released_remotely(&mut self, cycle: Cycle, requeued: Option<AcquireReply>) -> Seen {
+    fn reply_to_release(&mut self, cycle: Cycle, requeued: Option<AcquireReply>) -> Seen {
         let answer = answer(self.now, ReleaseReply { held: true, requeued });
         self.event(|queue, cx| ((), queue.on_release_reply(cycle, answer, cx)))
             .1
@@ -225,17 +225,17 @@ impl Bench {
         self.event(|queue, cx| ((), queue.on_grant(grant, cx))).1
     }
 
-    fn turn(&mut self, cycle: Cycle) -> Seen {
+    fn your_turn(&mut self, cycle: Cycle) -> Seen {
         self.event(|queue, _| ((), queue.on_your_turn(cycle))).1
     }
 
-    fn wanted(&mut self, cycle: Cycle) -> Seen {
+    fn remote_waiter(&mut self, cycle: Cycle) -> Seen {
         self.event(|queue, cx| ((), queue.on_remote_waiter(cycle, cx))).1
     }
 
     fn failed(&mut self, cycle: Cycle) -> Seen {
         let now = self.now;
-        let outage = Outage {
+        let outage = StoreOutage {
             since: now,
             patience: ms(1_000),
             retry_at: now + ms(10),
@@ -244,7 +244,7 @@ impl Bench {
             .1
     }
 
-    fn dropped(&mut self, cycle: Cycle) -> Seen {
+    fn cancelled(&mut self, cycle: Cycle) -> Seen {
         self.event(|queue, cx| ((), queue.on_request_cancelled(cycle, cx))).1
     }
 
@@ -265,7 +265,7 @@ impl Bench {
         self.event(|queue, cx| ((), queue.close(cx))).1
     }
 
-    fn let_go(&mut self) -> Seen {
+    fn evict(&mut self) -> Seen {
         self.event(|queue, cx| ((), queue.evict(cx))).1
     }
 
@@ -309,23 +309,23 @@ impl Bench {
     /// Acquires the lock for one task on the fast path. The key is free, and the store issues these
     /// tokens.
     fn hold(&mut self, first: u64, last: u64) -> Granted {
-        let (id, seen) = self.want(0);
-        let cycle = seen.asks().0;
+        let (id, seen) = self.enqueue(0);
+        let cycle = seen.acquires().0;
         self.reply(cycle, granted(first, last));
         self.guard(id)
     }
 
     /// Waits for the lock in the store's queue, after a reply with this enqueue mark. Returns the
     /// waiter and its cycle.
-    fn stand_in_queue(&mut self, mark: u64) -> (WaiterId, Cycle) {
-        let (id, seen) = self.want_as(
+    fn join_store_queue(&mut self, mark: u64) -> (WaiterId, Cycle) {
+        let (id, seen) = self.enqueue_as(
             0,
             WaiterOptions {
                 contended_hint: true,
-                ..WANT
+                ..OPTIONS
             },
         );
-        let cycle = seen.asks().0;
+        let cycle = seen.acquires().0;
         assert_eq!(self.reply(cycle, queued(mark)), NOTHING);
         (id, cycle)
     }
@@ -350,7 +350,7 @@ const NOTHING: Seen = Seen {
 impl Seen {
     /// The acquire among the effects: cycle, kind, tokens.
     #[track_caller]
-    fn asks(&self) -> (Cycle, AcquireKind, u32) {
+    fn acquires(&self) -> (Cycle, AcquireKind, u32) {
         match self.request {
             Some(Request::Acquire {
                 cycle, kind, tokens, ..
@@ -370,12 +370,12 @@ impl Seen {
 }
 
 #[test]
-fn who_finds_the_key_unused_asks_by_the_free_path() {
+fn unused_key_is_acquired_by_the_fast_path() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want(7);
-    let (cycle, kind, tokens) = seen.asks();
+    let (id, seen) = bench.enqueue(7);
+    let (cycle, kind, tokens) = seen.acquires();
     assert_eq!((kind, tokens), (AcquireKind::Fast, 1));
-    assert!(!cycle.expects_rivals());
+    assert!(!cycle.expects_remote_waiters());
 
     let sent_at = bench.now;
     bench.pass(ms(30));
@@ -388,45 +388,45 @@ fn who_finds_the_key_unused_asks_by_the_free_path() {
 
     let seen = bench.release_held(&guard);
     assert_eq!(seen.releases(), (cycle, None));
-    assert_eq!(bench.released_remotely(cycle, None), NOTHING);
+    assert_eq!(bench.reply_to_release(cycle, None), NOTHING);
     assert!(bench.queue.is_unused());
 }
 
 #[test]
-fn a_taken_key_is_asked_for_again_with_an_odd_cycle_by_script() {
+fn taken_key_is_requested_again_by_script_with_an_odd_cycle() {
     let mut bench = Bench::new();
-    let (_, seen) = bench.want(0);
-    let (first, ..) = seen.asks();
+    let (_, seen) = bench.enqueue(0);
+    let (first, ..) = seen.acquires();
     let seen = bench.reply(first, AcquireReply::Taken);
-    let (second, kind, _) = seen.asks();
+    let (second, kind, _) = seen.acquires();
     assert_eq!(kind, AcquireKind::Enqueue);
-    assert!(second > first && second.expects_rivals());
+    assert!(second > first && second.expects_remote_waiters());
     assert!(seen.abandoned.is_empty(), "the fast path leaves nothing behind");
 }
 
 #[test]
-fn who_expects_rivals_does_not_try_the_free_path() {
+fn known_remote_waiters_skip_the_fast_path() {
     let mut bench = Bench::new();
-    let want = WaiterOptions {
+    let options = WaiterOptions {
         contended_hint: true,
-        ..WANT
+        ..OPTIONS
     };
-    let (cycle, kind, _) = bench.want_as(0, want).1.asks();
+    let (cycle, kind, _) = bench.enqueue_as(0, options).1.acquires();
     assert_eq!(kind, AcquireKind::Enqueue);
-    assert!(cycle.expects_rivals());
+    assert!(cycle.expects_remote_waiters());
 }
 
 #[test]
-fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
+fn lost_counter_found_by_the_fast_path_is_raised_by_the_script() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want(0);
-    let (cycle, ..) = seen.asks();
+    let (id, seen) = bench.enqueue(0);
+    let (cycle, ..) = seen.acquires();
     let below = Answer {
         floor: 50,
         ..answer(bench.now, granted(50, 50))
     };
     let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
-    assert_eq!(seen.asks(), (cycle, AcquireKind::Enqueue, 1));
+    assert_eq!(seen.acquires(), (cycle, AcquireKind::Enqueue, 1));
     // If the script does not raise it, the token is refused: two holders could get the same one.
     let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
     assert_eq!(seen.abandoned, [cycle]);
@@ -438,11 +438,15 @@ fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
 }
 
 #[test]
-fn one_request_serves_all_who_wait() {
+fn one_request_serves_all_local_waiters() {
     let mut bench = Bench::new();
-    let cycle = bench.want(0).1.asks().0;
+    let cycle = bench.enqueue(0).1.acquires().0;
     for waker in 1..100 {
-        assert_eq!(bench.want(waker).1, NOTHING);
+        assert_eq!(bench.enqueue(waker).1, NOTHING);
     }
-    assert_eq!(bench.reply(cycle, AcquireReply::Taken).asks().2, 200, "twice as many");
+    assert_eq!(
+        bench.reply(cycle, AcquireReply::Taken).acquires().2,
+        200,
+        "twice as many"
+    );
 }

@@ -103,14 +103,14 @@ impl<W> Queue<W> {
             return effects;
         }
         match reply {
-            Some(RenewReply::Extended { wanted }) => {
+            Some(RenewReply::Extended { has_waiters }) => {
                 held.lease.extend(sent_at + ttl - drift(ttl), ttl);
                 held.confirm(held.renewing_in, sent_at, ttl, cx);
                 held.renew_at = sent_at + cx.rules.renew_every(ttl);
                 if held.confirmed_in != cx.epoch {
                     held.renew_at = cx.now;
                 }
-                if wanted {
+                if has_waiters {
                     self.note_remote_waiters(cx, &mut effects);
                 }
             }

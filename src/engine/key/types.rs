@@ -105,12 +105,12 @@ impl Capacity for Unlimited {
 
 impl Context<'_> {
     /// Starts a new cycle for leases with that TTL.
-    pub(super) fn open_cycle(&self, mode: LockMode, expects_rivals: bool, ttl: Duration) -> Cycle {
+    pub(super) fn open_cycle(&self, mode: LockMode, expects_remote_waiters: bool, ttl: Duration) -> Cycle {
         #[cfg(test)]
         if self.rules.has(Flaw::ReusesCycles) {
             return Cycle::of(1);
         }
-        self.cycles.open(mode, expects_rivals, ttl)
+        self.cycles.open(mode, expects_remote_waiters, ttl)
     }
 }
 

@@ -146,7 +146,7 @@ mod tests {
         /// Any sequence of appends, pops, returns and removals produces the same line as a plain
         /// deque.
         #[test]
-        fn behaves_like_a_deque(steps in prop::collection::vec((0..4u8, any::<prop::sample::Index>()), 0..200)) {
+        fn waiters_behave_like_a_deque(steps in prop::collection::vec((0..4u8, any::<prop::sample::Index>()), 0..200)) {
             let mut line = Waiters::new();
             let mut model: VecDeque<(WaiterId, u32)> = VecDeque::new();
             let mut left: Vec<(WaiterId, u32)> = Vec::new();

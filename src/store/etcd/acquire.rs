@@ -498,7 +498,7 @@ async fn notify_holders(shared: &Shared, link: &Link, contender: &Contender, hol
                 && cycle.mode().is_exclusive()
                 && contender.mode().is_exclusive();
             let note = || shared.names.note(manager, cycle, &contender.key, contender.cycle);
-            (!cycle.expects_rivals() && !is_known).then(note)
+            (!cycle.expects_remote_waiters() && !is_known).then(note)
         })
         .collect();
     let leave_all = async {

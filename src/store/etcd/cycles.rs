@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn records_of_cycles_that_ran_out_go() {
+    fn records_of_expired_cycles_are_removed() {
         let cycles = CycleLeases::new();
         for cycle in 0..PRUNE_AT_MIN as u64 {
             cycles.open(Cycle::of(cycle), Duration::from_secs(1), NOW);

@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn those_hold_the_key_that_can_hold_it_beside_all_before_them() {
+    fn members_compatible_with_all_before_them_hold_the_key() {
         let foreign = Member {
             name: b"lock:k/x".to_vec(),
             create_revision: 1,
@@ -363,7 +363,7 @@ mod tests {
 
     /// All queues of few modes: the end of a member takes the lock from no holder.
     #[test]
-    fn a_holder_stays_one_whoever_leaves() {
+    fn holder_stays_a_holder_when_another_member_leaves() {
         let modes = [EXCLUSIVE, SHARED, permits(1, 3), permits(2, 3), permits(1, 2)];
         for number in 0..modes.len().pow(5) {
             let digits = (0..5).map(|digit| number / modes.len().pow(digit) % modes.len());
@@ -380,7 +380,7 @@ mod tests {
 
     /// All queues of few modes: what blocks a member is gone if, and only if, it holds the lock.
     #[test]
-    fn a_waiter_is_told_when_nothing_blocks_it() {
+    fn waiter_is_notified_when_nothing_blocks_it() {
         let modes = [EXCLUSIVE, SHARED, permits(1, 3), permits(2, 3), permits(1, 2)];
         for number in 0..modes.len().pow(5) {
             let digits = (0..5).map(|digit| number / modes.len().pow(digit) % modes.len());
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_of_later_revisions_are_larger_however_many_there_are() {
+    fn tokens_of_later_revisions_are_larger_for_any_number_of_tokens() {
         let full = tokens_of(7, u32::MAX).unwrap();
         assert_eq!(full.remaining(), TOKENS_PER_REVISION);
         assert_eq!(full.last(), floor_of(7));

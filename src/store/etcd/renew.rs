@@ -71,7 +71,7 @@ enum Kept {
 enum Seen {
     Ours {
         lease: i64,
-        wanted: bool,
+        has_waiters: bool,
         confirmed: ConfirmedIn,
     },
     NotOurs,
@@ -201,21 +201,21 @@ async fn keep_and_read(
 }
 
 fn verdict(kept: Option<Result<Kept, EtcdError>>, seen: Option<Seen>, failed: &mut Option<EtcdError>) -> Verdict {
-    let (lease, wanted, confirmed) = match seen {
+    let (lease, has_waiters, confirmed) = match seen {
         Some(Seen::NotOurs) => return Verdict::Known(RenewReply::NotOurs),
         Some(Seen::Ours {
             lease,
-            wanted,
+            has_waiters,
             confirmed,
-        }) => (Some(lease), wanted, Some(confirmed)),
+        }) => (Some(lease), has_waiters, Some(confirmed)),
         None => (None, false, None),
     };
     match (kept, lease, confirmed) {
         (Some(Ok(Kept::NotOurs)), ..) => Verdict::Known(RenewReply::NotOurs),
-        (Some(Ok(Kept::Moved)), Some(_), _) => Verdict::Known(RenewReply::Extended { wanted }),
+        (Some(Ok(Kept::Moved)), Some(_), _) => Verdict::Known(RenewReply::Extended { has_waiters }),
         (Some(Ok(Kept::Renewed(kept, term))), Some(lease), Some(confirmed)) => {
             match kept.id == lease && term.is_confirmed_by(confirmed) {
-                true => Verdict::Known(RenewReply::Extended { wanted }),
+                true => Verdict::Known(RenewReply::Extended { has_waiters }),
                 false => Verdict::Unconfirmed,
             }
         }
@@ -343,7 +343,7 @@ async fn read_owners(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Opti
         Some(match ours {
             Some(ours) => Seen::Ours {
                 lease: ours.lease,
-                wanted: match &queue {
+                has_waiters: match &queue {
                     None => first.count > 1,
                     Some(queue) => queue.holders() < queue.members.len(),
                 },
@@ -392,14 +392,14 @@ mod tests {
     fn seen(lease: i64, term: u64) -> Option<Seen> {
         Some(Seen::Ours {
             lease,
-            wanted: true,
+            has_waiters: true,
             confirmed: ConfirmedIn(term),
         })
     }
 
     #[test]
     fn renewal_counts_if_the_read_is_of_its_lease_and_of_no_later_term() {
-        let extended = Verdict::Known(RenewReply::Extended { wanted: true });
+        let extended = Verdict::Known(RenewReply::Extended { has_waiters: true });
         assert_eq!(of(renewed_in(3), seen(LEASE.id, 3)), extended);
         assert_eq!(of(renewed_in(2), seen(LEASE.id, 3)), Verdict::Unconfirmed);
         assert_eq!(of(renewed_in(3), seen(8, 3)), Verdict::Unconfirmed);

@@ -150,7 +150,7 @@ async fn cycle_without_a_record_is_found_on_the_server() {
 }
 
 #[tokio::test]
-async fn a_lease_that_ended_takes_the_lock_along() {
+async fn lock_ends_with_its_revoked_lease() {
     let bench = Bench::new().await;
     let (store, _pushes) = bench.store(1);
     bench.join(&store, 2).await;
@@ -181,7 +181,7 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
         cycle: Cycle::of(2),
         ttl,
     };
-    let extended = [Some(RenewReply::Extended { wanted: false })];
+    let extended = [Some(RenewReply::Extended { has_waiters: false })];
     assert_eq!(store.renew(vec![renewal(TTL * 2)], TTL).await.unwrap(), extended);
     let middle = bench.only_lease().await;
     assert_ne!(middle, short);
@@ -291,7 +291,7 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
 }
 
 #[tokio::test]
-async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
+async fn waiting_cycle_whose_lease_ended_is_notified_to_retry() {
     let bench = Bench::new().await;
     let (ours, _our_pushes) = bench.store(1);
     let (theirs, mut pushes) = bench.store(2);

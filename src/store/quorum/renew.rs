@@ -17,7 +17,7 @@ use crate::store::{LeaseStore, StoreError};
 /// The votes about one lease.
 struct LeaseVotes {
     tally: Tally,
-    wanted: bool,
+    has_waiters: bool,
     /// The nodes that lack it.
     lacking: Vec<Arc<Node>>,
 }
@@ -32,7 +32,7 @@ pub(super) async fn renew(
         .iter()
         .map(|_| LeaseVotes {
             tally: Tally::new(count),
-            wanted: false,
+            has_waiters: false,
             lacking: Vec::new(),
         })
         .collect();
@@ -84,8 +84,8 @@ pub(super) async fn renew(
             // A node without a vote is not counted, but it is given the lease.
             let reply = reply.filter(|_| has_vote);
             lease.tally.count(match reply {
-                Some(RenewReply::Extended { wanted }) => {
-                    lease.wanted |= wanted;
+                Some(RenewReply::Extended { has_waiters }) => {
+                    lease.has_waiters |= has_waiters;
                     Vote::Given { counter: 0 }
                 }
                 Some(RenewReply::NotOurs) => Vote::Refused,
@@ -109,7 +109,9 @@ pub(super) async fn renew(
         }
     }
     let reply = |lease: &LeaseVotes| match lease.tally.state() {
-        VoteState::Won(_) => Some(RenewReply::Extended { wanted: lease.wanted }),
+        VoteState::Won(_) => Some(RenewReply::Extended {
+            has_waiters: lease.has_waiters,
+        }),
         // Only nodes that reported that it is not ours prove that it is lost.
         VoteState::Lost { .. } if lease.tally.is_refused() => Some(RenewReply::NotOurs),
         VoteState::Lost { .. } | VoteState::Open => None,

@@ -176,7 +176,7 @@ async fn claim_at_a_node_without_a_vote_does_not_count() {
 /// The sequencer restarts between the moment at which it is chosen and its answer. It may have
 /// forgotten the owner, so that answer is no vote, and the next node becomes the sequencer.
 #[tokio::test]
-async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
+async fn reply_of_a_sequencer_that_lost_its_vote_does_not_count() {
     let bench = Bench::new().await;
     bench.take(2);
     let sequencer = &bench.servers[0];
@@ -272,7 +272,7 @@ async fn tokens_are_above_the_counters_of_a_majority() {
 /// The next node becomes the sequencer and has lost its counter. The manager itself has seen larger
 /// tokens.
 #[tokio::test]
-async fn tokens_of_another_door_are_above_those_that_were_seen() {
+async fn tokens_of_another_sequencer_are_above_earlier_tokens() {
     let bench = Bench::new().await;
     bench.set_counter(0, FLOOR);
     let first = bench.hold(2).await;
@@ -316,7 +316,7 @@ async fn request_dropped_midway_leaves_a_pending_release_at_its_sequencer() {
 }
 
 #[tokio::test]
-async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_needs_it() {
+async fn key_of_another_owner_at_the_sequencer_is_reported_for_each_request_kind() {
     let bench = Bench::new().await;
     bench.take(0);
     assert!(matches!(
@@ -342,7 +342,7 @@ async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_need
 /// An extension that finds no majority must not release what the nodes have: the holder still
 /// relies on it, until it learns of the loss.
 #[tokio::test]
-async fn extension_that_finds_no_majority_gives_nothing_back() {
+async fn extension_without_a_majority_releases_nothing() {
     let bench = Bench::new().await;
     bench.hold(2).await;
     for node in [1, 2] {
@@ -371,7 +371,7 @@ async fn restored_lease_brings_a_counter_that_is_not_below_earlier_tokens() {
     let bench = Bench::new().await;
     let tokens = bench.hold(2).await;
     bench.servers[2].command(&["FLUSHALL"]);
-    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { wanted: false }));
+    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { has_waiters: false }));
     eventually("the lease is restored", PATIENCE, || {
         bench.owner(2) == bench.owner_tag(2)
     })
@@ -386,7 +386,7 @@ async fn renewal_counts_no_node_without_a_vote() {
     let bench = Bench::new().await;
     bench.hold(2).await;
     bench.take(1);
-    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { wanted: false }));
+    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { has_waiters: false }));
     bench.nodes[2].store.set_vote(false);
     assert_eq!(bench.renew(2).await, None, "one for, one against, one without a vote");
     assert!(bench.store.quorum.holds(Cycle::of(2)));

@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn writer_chooses_once_and_a_reader_until_nobody_else_has_the_tokens() {
+    fn writer_chooses_tokens_once_and_a_reader_until_they_are_unique() {
         let largest = |range: Range<u64>| range.end - 1;
         let mut writer = TokenChoice::new(LockMode::Exclusive, block(11, 14), 4);
         assert_eq!(writer.next(20, largest), block(21, 24));

@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_have_each_item_once_and_no_more_than_they_may() {
+    fn batches_contain_each_item_once_and_at_most_their_limit() {
         assert_eq!(halves(vec![1, 2, 3]), [vec![1], vec![2, 3]]);
         assert_eq!(
             by_slot(0..7, |item| item % 2, 3),
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn only_refusals_that_may_be_about_keys_are_worth_another_attempt() {
+    fn only_refusals_that_may_concern_keys_are_retried() {
         let error = |kind, text: &str| RedisError::from((kind, "an error", text.to_owned()));
         let server = |kind| error(ErrorKind::Server(kind), "words");
         for kind in [

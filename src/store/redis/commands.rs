@@ -66,7 +66,7 @@ impl Commands {
     }
 
     /// The two commands of the fast path, for a key in this slot.
-    pub(super) fn take_freely(&self, request: &Acquire, slot: Slot) -> Pipeline {
+    pub(super) fn acquire_fast_commands(&self, request: &Acquire, slot: Slot) -> Pipeline {
         let names = self.names.of(&request.key);
         let mut set = Cmd::with_capacity(6, 128);
         set.arg("SET");
@@ -161,8 +161,8 @@ impl Commands {
         command.arg(key.as_str()).write_arg(b"");
     }
 
-    /// The keys and arguments of release_free.lua.
-    pub(super) fn fill_release_free(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
+    /// The keys and arguments of release_fast.lua.
+    pub(super) fn fill_release_fast(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
         let names = self.names.of(key);
         command.arg(2);
         names.lease().write(command);

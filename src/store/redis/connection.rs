@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_that_swallows_everything_does_not_keep_from_the_others() {
+    async fn unresponsive_address_does_not_prevent_connecting_to_others() {
         let plain = |stream| std::future::ready(Ok(stream));
         let listen = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let (silent, open) = (listen(), listen());
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_ready_goes_first_while_traffic_is_dense() {
+    async fn ready_tasks_run_before_the_driver_while_traffic_is_dense() {
         let in_flight = InFlight::default();
         let mut requests = vec![];
         for seen_by_count in [0, 0, 0, 0, 2] {
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_cut_counts() {
+    fn last_of_several_cuts_is_reported() {
         let cuts = Cuts::default();
         assert_eq!(cuts.last(), None);
         cuts.note();

@@ -181,7 +181,7 @@ pub fn replies(data: &[u8]) {
         _ => &[],
     };
     for tokens in [1, 64] {
-        if let Ok(acquired) = reply::acquired_freely(items, tokens) {
+        if let Ok(acquired) = reply::acquired_fast(items, tokens) {
             acquire_reply(acquired, tokens);
         }
     }
@@ -212,13 +212,13 @@ pub fn replies(data: &[u8]) {
     let stored = StoredMap::new("v2 a:0-16383 here=a".to_owned(), "lock:%map".to_owned());
     let errors = [
         reply::acquired(&value, 1).err(),
-        reply::acquired_freely(items, 1).err(),
+        reply::acquired_fast(items, 1).err(),
         reply::released(&value, true, 1).err(),
         reply::renewed(&value, 3).err(),
         reply::inspected(items).err(),
         reply::role(&value).err(),
         map::check(&stored, &value).err(),
-        map::look(&stored, &value).err(),
+        map::check_or_forget(&stored, &value).err(),
     ];
     for error in errors.into_iter().flatten() {
         match error {

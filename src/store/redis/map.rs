@@ -28,7 +28,7 @@ pub(super) fn check(map: &StoredMap, reply: &Value) -> Result<MapState, StoreErr
 }
 
 /// The same for a health probe, which holds nothing.
-pub(super) fn look(map: &StoredMap, reply: &Value) -> Result<(), StoreError> {
+pub(super) fn check_or_forget(map: &StoredMap, reply: &Value) -> Result<(), StoreError> {
     map.check_or_forget(stored(map, reply)?.as_deref())
 }
 

@@ -304,7 +304,7 @@ mod tests {
         }
 
         #[test]
-        fn a_lease_leads_back_to_its_key_and_nothing_else_to_any(key in "[a-b{}%: é2357BDmaphqfence]{1,12}") {
+        fn key_is_found_from_its_lease_name_and_from_no_other_name(key in "[a-b{}%: é2357BDmaphqfence]{1,12}") {
             let (all, own) = (names(&key), Names::new("lock:"));
             let found = own.key_of_lease(&all.lease);
             prop_assert_eq!(found.as_ref().map(LockKey::as_str), Some(key.as_str()));

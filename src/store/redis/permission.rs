@@ -101,7 +101,7 @@ impl Permissions {
 }
 
 /// Describes a refusal, with the missing rule if it is known. `None` for any other error.
-pub(super) fn in_words(error: &RedisError) -> Option<String> {
+pub(super) fn describe_error(error: &RedisError) -> Option<String> {
     if let Some(named) = error.detail().filter(|detail| detail.starts_with(LACKS)) {
         return Some(named.to_owned());
     }
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_of_every_age_are_understood() {
+    fn permission_errors_of_all_server_versions_are_recognized() {
         use ServerErrorKind::{NoPerm, ResponseError};
         for (code, text, rule) in [
             (
@@ -240,14 +240,14 @@ mod tests {
                 "+zrank",
             ),
         ] {
-            let words = in_words(&error(code, text)).unwrap();
+            let words = describe_error(&error(code, text)).unwrap();
             assert!(words.starts_with(&format!("{LACKS}{rule}; ")), "{words}");
         }
         for text in [
             "this user has no permissions to access one of the channels used as arguments",
             "No permissions to access a channel",
         ] {
-            let words = in_words(&Permissions::new("jobs/").of_subscription(error(NoPerm, text))).unwrap();
+            let words = describe_error(&Permissions::new("jobs/").of_subscription(error(NoPerm, text))).unwrap();
             assert!(
                 words.starts_with("the user lacks the permission &jobs/in:*; "),
                 "{words}"
@@ -259,10 +259,10 @@ mod tests {
             "this user has no permissions to access one of the keys used as arguments",
             "No permissions to access a key",
         ] {
-            let words = in_words(&Permissions::new("jobs/").of_command(error(NoPerm, text), &get)).unwrap();
+            let words = describe_error(&Permissions::new("jobs/").of_command(error(NoPerm, text), &get)).unwrap();
             assert!(words.starts_with("the user lacks the permission ~{jobs/*; "), "{words}");
         }
-        assert_eq!(in_words(&error(ResponseError, "a key of another kind")), None);
+        assert_eq!(describe_error(&error(ResponseError, "a key of another kind")), None);
     }
 
     #[test]
@@ -280,7 +280,7 @@ mod tests {
         for script in [
             &one.acquire,
             &one.release,
-            &one.release_free,
+            &one.release_fast,
             &one.retire,
             &one.renew,
             &one.renew_alone,

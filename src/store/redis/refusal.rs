@@ -49,7 +49,7 @@ const QUESTIONS: [(&str, &[&str]); 5] = [
 
 /// Explains an error, probing the address if the error itself is not informative.
 pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout: Duration) -> StoreError {
-    if !says_too_little(error) {
+    if !is_uninformative(error) {
         return to_store_error(error);
     }
     let limit = PATIENCE.min(timeout / 4);
@@ -72,7 +72,7 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
     };
     if let Some(words) = greeting
         .refusal()
-        .or_else(|| pong.refusal().filter(|words| is_of_connections(words)))
+        .or_else(|| pong.refusal().filter(|words| concerns_connections(words)))
     {
         return no_connection(words);
     }
@@ -102,7 +102,7 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
 /// closes it before the handshake.
 pub(super) fn explained_with_tls(error: &RedisError) -> StoreError {
     match to_store_error(error) {
-        StoreError::Unavailable(words) if says_too_little(error) => StoreError::Unavailable(words.map(|words| {
+        StoreError::Unavailable(words) if is_uninformative(error) => StoreError::Unavailable(words.map(|words| {
             format!("{words}; a server that has reached maxclients closes encrypted connections like this")
         })),
         error => error,
@@ -130,7 +130,7 @@ pub(super) async fn answers_plainly(host: &str, port: u16) -> bool {
 
 /// Whether the connection was made and then closed without a reason, or with bytes that are not a
 /// reply.
-fn says_too_little(error: &RedisError) -> bool {
+fn is_uninformative(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Parse || error.is_connection_dropped() && !error.is_connection_refusal()
 }
 
@@ -138,7 +138,7 @@ const TOO_MANY: &str = "max number of clients";
 const PROTECTED: &str = "DENIED";
 
 /// Whether the server's error concerns the connection rather than the command sent on it.
-fn is_of_connections(words: &str) -> bool {
+fn concerns_connections(words: &str) -> bool {
     words.contains(TOO_MANY) || words.starts_with(PROTECTED)
 }
 

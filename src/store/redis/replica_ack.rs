@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_are_short_after_one_in_vain_and_long_again_after_one_that_was_not() {
+    fn replica_wait_is_short_after_a_failed_one_and_long_after_a_successful_one() {
         let ack = ReplicaAck::new(1, Duration::from_secs(3600)).unwrap();
         let long = ack.next().limit;
         assert!(ack.check(ack.next(), &Value::Int(0)).is_err());

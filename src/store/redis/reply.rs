@@ -147,7 +147,7 @@ pub(super) fn acquired(value: &Value, tokens: u32) -> Result<AcquireReply, Store
 }
 
 /// The replies of the fast path: `SET ... NX` and `INCRBY`.
-pub(super) fn acquired_freely(replies: &[Value], tokens: u32) -> Result<AcquireReply, StoreError> {
+pub(super) fn acquired_fast(replies: &[Value], tokens: u32) -> Result<AcquireReply, StoreError> {
     match replies {
         [Value::Nil, _] => Ok(AcquireReply::Taken),
         [Value::Okay, last] if as_int(last).is_some() => {
@@ -184,7 +184,9 @@ pub(super) fn released(value: &Value, requeued: bool, tokens: u32) -> Result<Rel
 pub(super) fn renewed(value: &Value, count: usize) -> Result<Vec<RenewReply>, StoreError> {
     let read = |number: i64| match number {
         0 => RenewReply::NotOurs,
-        number => RenewReply::Extended { wanted: number == 2 },
+        number => RenewReply::Extended {
+            has_waiters: number == 2,
+        },
     };
     match ints(value) {
         Some(numbers) if numbers.len() == count => Ok(numbers.into_iter().map(read).collect()),
@@ -310,7 +312,7 @@ pub(super) fn to_store_error(error: &RedisError) -> StoreError {
 }
 
 fn explain(error: &RedisError) -> StoreError {
-    if let Some(words) = permission::in_words(error) {
+    if let Some(words) = permission::describe_error(error) {
         return StoreError::Refused(without_arguments(&words).into());
     }
     let text = error.to_string();
@@ -400,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn pushes_are_read_and_nonsense_is_not() {
+    fn pushes_are_parsed_and_malformed_ones_are_ignored() {
         let key = LockKey::new("a key with spaces").unwrap();
         let grant = Grant {
             cycle: Cycle::of(5),

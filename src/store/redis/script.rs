@@ -67,7 +67,7 @@ impl LuaScript {
     /// `putClientInPendingWriteQueue` (networking.c): it writes to clients in the reverse of the
     /// order in which they first had a pending reply. The caller therefore first gets the reply to
     /// another command; every user who can connect may send `TIME`.
-    pub(super) async fn call_told_last(
+    pub(super) async fn call_after_time(
         &self,
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
@@ -158,7 +158,7 @@ fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
 pub(super) struct Scripts {
     pub(super) acquire: LuaScript,
     /// The release of the fast path.
-    pub(super) release_free: LuaScript,
+    pub(super) release_fast: LuaScript,
     pub(super) release: LuaScript,
     /// The release of a lease that stays for the rest of its `min_hold`.
     pub(super) retire: LuaScript,
@@ -239,7 +239,7 @@ impl Scripts {
         let [acquire, release, acquire_modes, release_modes, retire] = own;
         Self {
             acquire: script(acquire),
-            release_free: script(script!("release_free")),
+            release_fast: script(script!("release_fast")),
             release: script(release),
             retire: script(retire),
             renew: script(script!("renew")),

@@ -32,7 +32,7 @@ mod tests {
     use crate::protocol::Cycle;
 
     #[test]
-    fn grants_are_only_turns_if_replicas_must_confirm_leases() {
+    fn grants_are_only_notifications_if_replicas_must_confirm_leases() {
         let grant = format!("g {} 7 1 0 key", Cycle::of(4));
         assert!(matches!(read(&grant, "s", None), Some(Push::Granted { .. })));
         let ack = ReplicaAck::new(1, Duration::from_secs(1));

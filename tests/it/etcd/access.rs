@@ -21,7 +21,7 @@ async fn another_shard_map_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
+async fn wrong_hosts_and_logins_are_explained() {
     let error = LockManager::connect("etcd://127.0.0.1:1,127.0.0.1:2")
         .await
         .unwrap_err();
@@ -121,7 +121,7 @@ async fn encrypted_connections_need_the_right_files() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn key_that_the_user_may_not_read_any_more_costs_no_other_lock() {
+async fn key_without_read_permission_loses_no_other_lock() {
     let etcd = Etcd::start().await;
     let mut client = etcd.client().await;
     for (user, role) in [("root", "root"), ("locker", "locks")] {

@@ -35,7 +35,7 @@ async fn a_lock_costs_few_requests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hand_off_costs_the_same_however_many_wait() {
+async fn cost_of_a_hand_off_is_independent_of_the_number_of_waiters() {
     let etcd = Etcd::start().await;
     // Renewals are transactions as well and would be counted. With this TTL none is due.
     let holder = builder(&etcd).ttl(PATIENCE * 100).connect().await.unwrap();

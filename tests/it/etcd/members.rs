@@ -8,7 +8,7 @@ use super::*;
 const LEADER_PAUSE: Duration = Duration::from_millis(5_500);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_is_gone_does_not_matter() {
+async fn locks_survive_the_loss_of_any_one_member() {
     let etcd = Etcd::start_members(3).await;
     let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
     for number in 0..3 {
@@ -104,7 +104,7 @@ async fn holders_never_overlap_while_members_come_and_go() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_that_hangs_is_left_while_locks_are_held_and_waited_for() {
+async fn holds_and_waits_survive_a_hung_leader() {
     let etcd = Etcd::start_members(3).await;
     let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
     let guard = lock(&ours, "k").await;
@@ -126,7 +126,7 @@ async fn a_leader_that_hangs_is_left_while_locks_are_held_and_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_etcd_that_was_restored_from_an_old_backup_gives_no_lock() {
+async fn etcd_restored_from_an_old_backup_grants_no_lock() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
     etcd.kill(0);

@@ -35,7 +35,7 @@ async fn until_nothing_is_left(etcd: &Etcd) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_excludes_others_and_is_handed_on() {
+async fn lock_excludes_other_managers_and_is_handed_off() {
     let etcd = Etcd::start().await;
     let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
     for key in ["k", "a/b", "100%", "ä {x}", "\u{1}"] {
@@ -67,7 +67,7 @@ async fn a_lock_excludes_others_and_is_handed_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn managers_get_the_lock_in_the_order_in_which_they_asked() {
+async fn managers_get_the_lock_in_request_order() {
     const MANAGERS: usize = 8;
     let etcd = Etcd::start().await;
     let holder = manager(&etcd).await;
@@ -96,7 +96,7 @@ async fn managers_get_the_lock_in_the_order_in_which_they_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_local_waiters_are_one_key() {
+async fn a_thousand_local_waiters_use_one_queue_entry() {
     const TASKS: usize = 1_000;
     let etcd = Etcd::start().await;
     let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
@@ -160,7 +160,7 @@ async fn managers_take_turns_and_tokens_grow_while_they_exclude_each_other() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_owner_that_did_not_reckon_with_rivals_is_told_of_them() {
+async fn owner_of_an_even_cycle_is_notified_of_remote_waiters() {
     let etcd = Etcd::start().await;
     // A renewal would report it, too, but the first one is due long after this test's time limit.
     let ours = builder(&etcd)
@@ -196,7 +196,7 @@ async fn an_owner_that_did_not_reckon_with_rivals_is_told_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lease_outlives_its_ttl_only_as_long_as_etcd_says() {
+async fn lease_of_a_dead_process_ends_soon_after_its_ttl() {
     let etcd = Etcd::start().await;
     let locks = builder(&etcd).ttl(Duration::from_secs(1)).connect().await.unwrap();
     // The key of a killed process's manager: it exists, and its lease is not renewed.
@@ -214,7 +214,7 @@ async fn a_lease_outlives_its_ttl_only_as_long_as_etcd_says() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn waiting_and_holding_go_on_beyond_the_ttl() {
+async fn waits_and_holds_outlast_the_ttl() {
     let etcd = Etcd::start().await;
     let short = || builder(&etcd).ttl(Duration::from_secs(1)).connect();
     let (ours, theirs, third) = (short().await.unwrap(), short().await.unwrap(), short().await.unwrap());
@@ -245,7 +245,7 @@ async fn waiting_and_holding_go_on_beyond_the_ttl() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_longer_ttl_under_the_same_lease_is_kept() {
+async fn longer_ttl_of_the_next_local_holder_is_applied() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
     let guard = locks.lock("k").ttl(Duration::from_secs(1)).await.unwrap();
@@ -266,7 +266,7 @@ async fn a_longer_ttl_under_the_same_lease_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_was_deleted_is_a_lock_that_is_lost() {
+async fn deleting_the_key_of_a_holder_is_a_loss() {
     let etcd = Etcd::start().await;
     let locks = builder(&etcd).ttl(Duration::from_secs(2)).connect().await.unwrap();
     let guard = lock(&locks, "k").await;
@@ -281,7 +281,7 @@ async fn a_key_that_was_deleted_is_a_lock_that_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn waiters_that_give_up_leave_nothing_and_the_order_of_the_others() {
+async fn cancelled_waiters_leave_nothing_and_keep_the_order_of_the_others() {
     let etcd = Etcd::start().await;
     let holder = manager(&etcd).await;
     let guard = lock(&holder, "k").await;
@@ -365,7 +365,7 @@ async fn many_leases_are_kept_alive() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn keys_of_others_are_waited_for_and_shown() {
+async fn keys_of_other_clients_are_waited_for_and_shown() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
     let mut other = etcd.client().await;
@@ -386,6 +386,6 @@ async fn keys_of_others_are_waited_for_and_shown() {
 }
 
 #[test]
-fn patience_is_longer_than_what_is_waited_for_here() {
+fn patience_exceeds_the_longest_expected_wait() {
     assert!(PATIENCE > STORE_TIMEOUT + LEASE_MIN);
 }

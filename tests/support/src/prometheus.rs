@@ -112,7 +112,7 @@ impl Prometheus {
     /// The values of a label over all series that match the selector.
     #[track_caller]
     pub fn label_values(&self, series: &str, label: &str) -> Vec<String> {
-        let answer = ask(
+        let answer = request(
             self.port,
             &format!("/api/v1/label/{label}/values"),
             &[("match[]", series)],
@@ -126,13 +126,13 @@ impl Prometheus {
 /// expression is invalid.
 #[track_caller]
 pub fn query(port: u16, expression: &str) -> Vec<Sample> {
-    let answer = ask(port, "/api/v1/query", &[("query", expression)]);
+    let answer = request(port, "/api/v1/query", &[("query", expression)]);
     let result = answer["result"].as_array().expect("a vector");
     result.iter().map(Sample::read).collect()
 }
 
 #[track_caller]
-fn ask(port: u16, path: &str, parameters: &[(&str, &str)]) -> Value {
+fn request(port: u16, path: &str, parameters: &[(&str, &str)]) -> Value {
     let mut query = url::form_urlencoded::Serializer::new(String::new());
     query.extend_pairs(parameters);
     let body = get(port, &format!("{path}?{}", query.finish())).expect("Prometheus answers");

@@ -8,8 +8,8 @@
 //!     let Some(me) = worker::current() else { return };
 //!     match me.name() {
 //!         "echo" => {
-//!             while let Some(line) = me.hear() {
-//!                 me.say(&line);
+//!             while let Some(line) = me.recv() {
+//!                 me.send(&line);
 //!             }
 //!         }
 //!         name => panic!("no worker is called {name}"),
@@ -173,7 +173,7 @@ impl Current {
     }
 
     /// Sends a line to the test. If the test no longer reads, it has ended, and the worker exits.
-    pub fn say(&self, line: impl AsRef<str>) {
+    pub fn send(&self, line: impl AsRef<str>) {
         let mut out = io::stdout().lock();
         if writeln!(out, "{PREFIX}{}", line.as_ref())
             .and_then(|()| out.flush())
@@ -185,7 +185,7 @@ impl Current {
 
     /// Blocks until the next line from the test. Returns `None` once the test waits for the
     /// worker's end.
-    pub fn hear(&self) -> Option<String> {
+    pub fn recv(&self) -> Option<String> {
         let mut line = String::new();
         let read = io::stdin().lock().read_line(&mut line).expect("read from the test");
         (read > 0).then(|| line.trim_end_matches('\n').to_owned())

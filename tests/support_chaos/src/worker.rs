@@ -82,15 +82,15 @@ pub fn fight(me: &worker::Current) {
             let rng = SmallRng::seed_from_u64(seed.wrapping_mul(1_000).wrapping_add(task as u64));
             runtime.spawn(async move {
                 match task {
-                    0..QUICK_TASKS => shared.be_quick(rng).await,
-                    QUICK_TASKS..HAVE_NO_LONG => shared.be_at_home(rng).await,
+                    0..QUICK_TASKS => shared.lock_briefly(rng).await,
+                    QUICK_TASKS..HAVE_NO_LONG => shared.lock_home_keys(rng).await,
                     _ => shared.hold_long(rng).await,
                 }
             })
         })
         .collect();
-    me.say("ready");
-    while let Some(line) = me.hear() {
+    me.send("ready");
+    while let Some(line) = me.recv() {
         match line.split_once(' ') {
             Some(("block", millis)) => block(&runtime, Duration::from_millis(millis.parse().expect("a number"))),
             None if line == "end" => break,
@@ -105,7 +105,7 @@ pub fn fight(me: &worker::Current) {
         shared.locks.shutdown().await.ok();
     });
     shared.journal.note(now(), 0, Event::Down);
-    me.say("ended");
+    me.send("ended");
 }
 
 /// What a worker needs beside the variables that all processes of a round have.
@@ -172,7 +172,7 @@ fn block(runtime: &tokio::runtime::Runtime, time: Duration) {
 }
 
 impl Shared {
-    async fn be_quick(&self, mut rng: SmallRng) {
+    async fn lock_briefly(&self, mut rng: SmallRng) {
         while !self.over.load(Ordering::Relaxed) {
             // Skewed: the first keys are requested more often.
             let key = rng.random_range(0..QUICK_KEYS).min(rng.random_range(0..QUICK_KEYS));
@@ -194,7 +194,7 @@ impl Shared {
     }
 
     /// Mostly locks the keys of its own place, which linger until another process wants them.
-    async fn be_at_home(&self, mut rng: SmallRng) {
+    async fn lock_home_keys(&self, mut rng: SmallRng) {
         while !self.over.load(Ordering::Relaxed) {
             let at_home = rng.random_bool(0.95);
             let place = if at_home {
@@ -258,7 +258,7 @@ impl Shared {
                 let (token, left) = (guard.token().get(), nanos(guard.remaining()));
                 note(at, Event::Granted { token, left });
                 self.hold(number, &guard, hold).await;
-                self.give_back(number, guard, rng.random_range(0..10)).await;
+                self.release(number, guard, rng.random_range(0..10)).await;
             }
             Err(why) => {
                 note(now(), Event::Failed { why: why.to_owned() });
@@ -290,7 +290,7 @@ impl Shared {
         }
     }
 
-    async fn give_back(&self, number: u64, guard: LockGuard, how: u32) {
+    async fn release(&self, number: u64, guard: LockGuard, how: u32) {
         let at = now();
         let left = nanos(guard.remaining());
         self.journal.note(at, number, Event::Ending { left });

@@ -46,7 +46,7 @@ pub enum Kind {
 /// - `redis_nodes`: the kinds made of Redis servers, whose connections and scripts a test can
 ///   remove.
 /// - `foreign`: the kinds on which clients of other libraries can take the same key.
-/// - `free_path`: the kinds with a fast path, which take a key without known contenders without
+/// - `fast_path`: the kinds with a fast path, which take a key without known contenders without
 ///   checking its queue.
 /// - `permits`: the kinds that have permits, which a quorum can't bound; all have shared locks.
 ///   `permits_of_servers`: those of them that other processes can reach.
@@ -59,7 +59,7 @@ macro_rules! tests_on {
     ($how:ident pausable) => { $crate::tests_on! { $how redis redlock etcd } };
     ($how:ident redis_nodes) => { $crate::tests_on! { $how redis sentinel cluster redlock } };
     ($how:ident foreign) => { $crate::tests_on! { $how redis sentinel cluster } };
-    ($how:ident free_path) => { $crate::tests_on! { $how redis sentinel } };
+    ($how:ident fast_path) => { $crate::tests_on! { $how redis sentinel } };
     ($how:ident permits) => { $crate::tests_on! { $how memory redis sentinel cluster etcd } };
     ($how:ident permits_of_servers) => { $crate::tests_on! { $how redis sentinel cluster etcd } };
     ($how:ident counted) => { $crate::tests_on! { $how redis } };
@@ -187,7 +187,7 @@ impl Kind {
 
     /// Whether a release may return before it has reached all servers or removed everything that
     /// belongs to it.
-    pub fn tidies_up_later(self) -> bool {
+    pub fn cleans_up_later(self) -> bool {
         match self {
             Self::Redlock | Self::Mixed => true,
             // The note of a waiting cycle is removed with the cycle's lease, which is revoked in
@@ -315,13 +315,13 @@ pub trait Servers: Send + Sync {
     }
 
     /// Number of script calls on all servers since they started or since the last
-    /// [`count_anew`](Self::count_anew).
+    /// [`reset_all_stats`](Self::reset_all_stats).
     fn script_calls(&self) -> u64 {
         self.nodes().into_iter().map(RedisServer::script_calls).sum()
     }
 
     /// Resets the servers' statistics.
-    fn count_anew(&self) {
+    fn reset_all_stats(&self) {
         for node in self.nodes() {
             node.reset_stats();
         }
@@ -354,15 +354,15 @@ pub trait Servers: Send + Sync {
         }
     }
 
-    /// Stops all servers, so that none answers until [`go_on`](Self::go_on).
-    fn stand_still(&self) {
+    /// Stops all servers, so that none answers until [`resume_all`](Self::resume_all).
+    fn stop_all(&self) {
         for node in self.nodes() {
             node.stop();
         }
     }
 
-    /// Ends [`stand_still`](Self::stand_still).
-    fn go_on(&self) {
+    /// Ends [`stop_all`](Self::stop_all).
+    fn resume_all(&self) {
         for node in self.nodes() {
             node.cont();
         }
@@ -494,11 +494,11 @@ impl Servers for Etcd {
         });
     }
 
-    fn stand_still(&self) {
+    fn stop_all(&self) {
         self.stop(0);
     }
 
-    fn go_on(&self) {
+    fn resume_all(&self) {
         self.cont(0);
     }
 

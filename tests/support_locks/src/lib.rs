@@ -20,7 +20,7 @@ mod kinds;
 mod locker;
 mod measured;
 pub use kinds::{Kind, Servers};
-pub use locker::{LOCKER, Locker, obey};
+pub use locker::{LOCKER, Locker, run_commands};
 pub use measured::Measured;
 
 /// A TTL long enough for a loaded machine and short enough to wait until it expires.
@@ -185,7 +185,7 @@ impl TestStore {
     /// Asserts that only counters and the shard map are left on the servers after the last release:
     /// immediately, or soon if the kind cleans up later.
     pub async fn is_tidy(&self) {
-        if self.kind.tidies_up_later() {
+        if self.kind.cleans_up_later() {
             return self.is_clean().await;
         }
         assert_eq!(self.lock_keys(), [""; 0]);
@@ -200,6 +200,16 @@ fn next_number() -> u32 {
 /// A server on a busy machine may take longer than the default of a second to answer. Tests of
 /// servers that do not answer set a limit of their own.
 const STORE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Connects a manager with the default settings, except for the time that a busy machine needs.
+///
+/// # Panics
+///
+/// Panics if it can't connect.
+pub async fn connect(url: &str) -> LockManager {
+    let builder = LockManager::builder().shard(url).store_timeout(STORE_TIMEOUT);
+    builder.connect().await.expect("connect")
+}
 
 /// If `SHARDLOCK_TEST_LINGER` is set, leases linger for that many milliseconds.
 fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str) -> Builder {

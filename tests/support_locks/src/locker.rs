@@ -7,7 +7,7 @@ use support::{Worker, worker};
 
 use super::{TestStore, builder_of, lock};
 
-/// The worker's name. A test's `worker_entry` runs [`obey`] for it.
+/// The worker's name. A test's `worker_entry` runs [`run_commands`] for it.
 pub const LOCKER: &str = "locker";
 
 /// The test's side of a process with one manager and at most one guard, for the key `k`.
@@ -43,7 +43,7 @@ impl TestStore {
 impl Locker {
     /// Makes the process request the lock.
     #[track_caller]
-    pub fn ask(&mut self) {
+    pub fn request(&mut self) {
         self.send("lock");
     }
 
@@ -56,7 +56,7 @@ impl Locker {
     /// Makes the process acquire the lock, and returns the token.
     #[track_caller]
     pub fn lock(&mut self) -> u64 {
-        self.ask();
+        self.request();
         self.locked()
     }
 
@@ -85,25 +85,25 @@ impl DerefMut for Locker {
 /// The worker's side. On `lock` it acquires the lock and prints the token; on `release` it releases
 /// the lock and prints `released`.
 #[tokio::main]
-pub async fn obey(me: &worker::Current) {
+pub async fn run_commands(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
-    me.say("connected");
+    me.send("connected");
     let mut held = None;
     loop {
         let me = me.clone();
-        let told = tokio::task::spawn_blocking(move || (me.hear(), me)).await;
-        let (line, me) = told.expect("listen");
+        let received = tokio::task::spawn_blocking(move || (me.recv(), me)).await;
+        let (line, me) = received.expect("receive");
         match line.as_deref() {
             Some("lock") => {
                 let guard = lock(&locks, "k").await;
-                me.say(guard.token().to_string());
+                me.send(guard.token().to_string());
                 held = Some(guard);
             }
             Some("release") => {
                 let guard = held.take().expect("a lock to release");
                 guard.release().await.expect("release");
-                me.say("released");
+                me.send("released");
             }
             Some(line) => panic!("a locker does not know {line:?}"),
             None => return,

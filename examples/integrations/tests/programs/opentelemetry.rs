@@ -32,7 +32,7 @@ fn spans(lines: &[String]) -> Vec<Span> {
 }
 
 #[test]
-fn spans_show_who_waited_for_whom() {
+fn spans_show_that_the_second_request_waited_for_the_first() {
     let redis = RedisServer::start();
     let url = redis.url();
     let program = env!("CARGO_BIN_EXE_opentelemetry");

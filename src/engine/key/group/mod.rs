@@ -34,7 +34,7 @@ use std::time::Duration;
 use self::lane::Lane;
 #[cfg(test)]
 use self::lane::Nobody;
-use super::outage::Trouble;
+use super::outage::KeyOutage;
 use super::{
     Context, Effects, Lease, LockMode, LossReason, Moment, Outcome, Queue, Waiter, WaiterId, WaiterOptions, Waiters,
 };
@@ -49,7 +49,7 @@ pub(crate) struct Group<W> {
     lanes: Vec<Lane>,
     guards: Vec<Guard>,
     /// Set while requests fail because the store is unreachable.
-    trouble: Option<Box<Trouble>>,
+    outage: Option<Box<KeyOutage>>,
     /// Whether remote waiters were seen when the last hold began.
     remote_waiters_seen: bool,
     closed: bool,
@@ -75,7 +75,7 @@ impl<W> Group<W> {
             waiters: Waiters::new(),
             lanes: Vec::new(),
             guards: Vec::new(),
-            trouble: None,
+            outage: None,
             remote_waiters_seen: false,
             closed: false,
             keeps_nothing: false,
@@ -127,7 +127,7 @@ impl<W> Group<W> {
     pub(super) fn each_wait(&self, mut see: impl FnMut(&WaiterOptions, Moment)) {
         self.waiters
             .iter()
-            .for_each(|(_, waiter)| see(&waiter.want, waiter.since));
+            .for_each(|(_, waiter)| see(&waiter.options, waiter.since));
     }
 
     pub(super) fn lingers_until(&self) -> Option<Moment> {
@@ -158,24 +158,29 @@ impl<W> Group<W> {
         attempts.max().unwrap_or(0)
     }
 
-    pub(super) fn trouble(&self) -> Option<&LockError> {
-        self.trouble.as_ref().map(|trouble| trouble.error())
+    pub(super) fn outage(&self) -> Option<&LockError> {
+        self.outage.as_ref().map(|outage| outage.error())
     }
 
-    pub(super) fn want(&mut self, want: WaiterOptions, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
+    pub(super) fn enqueue(
+        &mut self,
+        options: WaiterOptions,
+        waker: Option<W>,
+        cx: Context<'_>,
+    ) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
             Some(Outcome::Failed(Failure::Closed.into()))
-        } else if want.try_only && !self.is_free_for_a_try(want.mode, cx) {
+        } else if options.try_only && !self.is_free_for_a_try(options.mode, cx) {
             Some(Outcome::Busy)
         } else {
-            self.trouble
+            self.outage
                 .as_ref()
-                .and_then(|trouble| trouble.refuses(want.in_outage))
+                .and_then(|outage| outage.refuses(options.in_outage))
         };
         let is_refused = refused.is_some();
         let id = self.waiters.push_back(Waiter {
-            want,
+            options,
             since: cx.now,
             waker: None,
             outcome: refused,
@@ -183,9 +188,9 @@ impl<W> Group<W> {
         if is_refused {
             self.waiters.detach(id);
         } else {
-            self.remote_waiters_seen |= want.contended_hint;
-            if let Some(trouble) = &mut self.trouble {
-                trouble.bear(want.in_outage, cx.now);
+            self.remote_waiters_seen |= options.contended_hint;
+            if let Some(outage) = &mut self.outage {
+                outage.note_deadline(options.in_outage, cx.now);
             }
             self.settle(cx, &mut effects);
         }
@@ -304,8 +309,8 @@ impl<W> Group<W> {
     pub(super) fn next_deadline(&self) -> Option<Moment> {
         let lanes = self.lanes.iter().filter_map(|lane| lane.queue.next_deadline());
         let guards = self.guards.iter().filter_map(|guard| guard.hold_until);
-        let trouble = self.trouble.as_ref().and_then(|trouble| trouble.deadline());
-        lanes.chain(guards).chain(trouble).min()
+        let outage = self.outage.as_ref().and_then(|outage| outage.deadline());
+        lanes.chain(guards).chain(outage).min()
     }
 
     pub(super) fn tick(&mut self, cx: Context<'_>) -> Effects<W> {
@@ -325,9 +330,12 @@ impl<W> Group<W> {
     }
 
     fn fail_impatient(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let Some(trouble) = &mut self.trouble else { return };
+        let Some(outage) = &mut self.outage else { return };
         let line = self.waiters.iter();
-        let failed = trouble.impatient(line.map(|(id, waiter)| (id, waiter.want.in_outage, waiter.since)), cx);
+        let failed = outage.expired_waiters(
+            line.map(|(id, waiter)| (id, waiter.options.in_outage, waiter.since)),
+            cx,
+        );
         for (id, outcome) in failed {
             self.resolve(id, outcome, effects);
         }

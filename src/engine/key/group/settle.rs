@@ -19,7 +19,7 @@ impl<W> Group<W> {
             || self.claim(cx, effects)
         {}
         if self.waiters.is_empty() {
-            self.trouble = None;
+            self.outage = None;
         }
         self.lanes.retain(|lane| !lane.is_unused());
     }
@@ -39,7 +39,7 @@ impl<W> Group<W> {
                 self.remote_waiters_seen = true;
                 let is_try = first.and_then(|id| self.waiters.get(id));
                 if let Some(id) = first
-                    && is_try.is_some_and(|waiter| waiter.want.try_only)
+                    && is_try.is_some_and(|waiter| waiter.options.try_only)
                 {
                     self.resolve(id, Outcome::Busy, effects);
                 }
@@ -60,7 +60,7 @@ impl<W> Group<W> {
         lane.hold = Some(Hold { cycle, token });
         self.remote_waiters_seen = lane.queue.remote_waiters_seen();
         let mode = lane.mode;
-        let found = self.waiters.iter().find(|(_, waiter)| waiter.want.mode == mode);
+        let found = self.waiters.iter().find(|(_, waiter)| waiter.options.mode == mode);
         // The task that the claim was made for may have been served elsewhere, and the turn may not
         // include the next one. The hold then ends without a guard.
         if let Some((id, since)) = found.map(|(id, waiter)| (id, waiter.since))
@@ -83,7 +83,7 @@ impl<W> Group<W> {
         let (Some(lane), Some(waiter)) = (self.lanes.get_mut(index), self.waiters.get(id)) else {
             return;
         };
-        let Some(lane_lease) = lane.queue.serve_for_another(&waiter.want, cx) else {
+        let Some(lane_lease) = lane.queue.serve_for_another(&waiter.options, cx) else {
             return;
         };
         let is_shared = lane.mode == LockMode::Shared;
@@ -94,7 +94,7 @@ impl<W> Group<W> {
             lane_lease
         };
         let hold_until = waiter
-            .want
+            .options
             .max_hold
             .filter(|_| is_shared)
             .map(|longest| cx.now + longest);
@@ -120,15 +120,15 @@ impl<W> Group<W> {
         let (Some(index), Some((id, first))) = (self.lanes.iter().position(is_open), self.waiters.iter().next()) else {
             return false;
         };
-        let asked_at = first.since;
+        let waiting_since = first.since;
         let mut token = None;
         self.on_lane(index, effects, |queue| {
-            let (joined, effects) = queue.join(asked_at, cx);
+            let (joined, effects) = queue.join(waiting_since, cx);
             token = joined;
             effects
         });
         let Some(token) = token else { return false };
-        let path = if asked_at == cx.now {
+        let path = if waiting_since == cx.now {
             Path::Joined
         } else {
             Path::LocalHandOff
@@ -151,11 +151,11 @@ impl<W> Group<W> {
             return false;
         };
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        if let Some((want, since)) = first.map(|first| (first.want, first.since))
-            && want.mode == mode
+        if let Some((options, since)) = first.map(|first| (first.options, first.since))
+            && options.mode == mode
             && (self.may_serve(index, since, cx) || !self.has_claims_for_all(mode))
         {
-            self.claim_in(index, want, since, cx, effects);
+            self.claim_in(index, options, since, cx, effects);
         }
         if let Some(hold) = hold {
             self.on_lane(index, effects, |queue| queue.released(hold.cycle, hold.token, cx).1);
@@ -172,7 +172,7 @@ impl<W> Group<W> {
     /// Whether the tasks that may have a claim in this mode all have one.
     fn has_claims_for_all(&self, mode: LockMode) -> bool {
         let line = self.waiters.iter().take(CLAIMS_MAX);
-        let tasks = line.filter(|(_, waiter)| waiter.want.mode == mode).count();
+        let tasks = line.filter(|(_, waiter)| waiter.options.mode == mode).count();
         let lanes = self.lanes.iter();
         tasks <= lanes.filter(|lane| lane.mode == mode && lane.claim.is_some()).count()
     }
@@ -199,7 +199,7 @@ impl<W> Group<W> {
         let mut unused = self.claims();
         let mut wanted = None;
         for (_, waiter) in self.waiters.iter().take(CLAIMS_MAX) {
-            let mode = waiter.want.mode;
+            let mode = waiter.options.mode;
             let found = unused
                 .iter()
                 .position(|&index| self.lanes.get(index).is_some_and(|lane| lane.mode == mode));
@@ -208,7 +208,7 @@ impl<W> Group<W> {
                     unused.remove(place);
                 }
                 None => {
-                    wanted = Some((waiter.want, waiter.since));
+                    wanted = Some((waiter.options, waiter.since));
                     break;
                 }
             }
@@ -224,21 +224,21 @@ impl<W> Group<W> {
             }
             return true;
         }
-        let Some((want, since)) = wanted else { return false };
-        let is_shared = want.mode == LockMode::Shared;
+        let Some((options, since)) = wanted else { return false };
+        let is_shared = options.mode == LockMode::Shared;
         if is_shared && self.lanes.iter().any(|lane| lane.hold.is_some())
-            || !is_shared && self.weight_in_use() + want.mode.weight() > want.mode.limit()
+            || !is_shared && self.weight_in_use() + options.mode.weight() > options.mode.limit()
         {
             return false;
         }
-        let is_free = |lane: &Lane| lane.mode == want.mode && lane.claim.is_none() && lane.hold.is_none();
+        let is_free = |lane: &Lane| lane.mode == options.mode && lane.claim.is_none() && lane.hold.is_none();
         let index = self.lanes.iter().position(is_free).unwrap_or_else(|| {
-            let mut lane = Lane::new(want.mode);
+            let mut lane = Lane::new(options.mode);
             lane.queue.keeps_nothing = self.keeps_nothing;
             self.lanes.push(lane);
             self.lanes.len() - 1
         });
-        self.claim_in(index, want, since, cx, effects);
+        self.claim_in(index, options, since, cx, effects);
         true
     }
 
@@ -246,7 +246,7 @@ impl<W> Group<W> {
     fn claim_in(
         &mut self,
         index: usize,
-        want: WaiterOptions,
+        options: WaiterOptions,
         since: Moment,
         cx: Context<'_>,
         effects: &mut Effects<W>,
@@ -256,11 +256,11 @@ impl<W> Group<W> {
             in_outage: InOutage::UntilOwnLimit,
             contended_hint: self.remote_waiters_seen,
             max_hold: None,
-            ..want
+            ..options
         };
         let mut id = None;
         self.on_lane(index, effects, |queue| {
-            let (claim, effects) = queue.want_since(since, claim, None, cx);
+            let (claim, effects) = queue.enqueue_since(since, claim, None, cx);
             id = Some(claim);
             effects
         });

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::Group;
-use crate::engine::key::outage::Trouble;
+use crate::engine::key::outage::KeyOutage;
 use crate::engine::key::{Context, Effects, Queue, StoreEvent};
 use crate::protocol::{AcquireReply, Cycle};
 
@@ -22,7 +22,7 @@ impl<W> Group<W> {
     ) -> Effects<W> {
         let mut effects = Effects::none();
         if matches!(event, StoreEvent::AcquireReply(_) | StoreEvent::ReleaseReply(_)) {
-            self.trouble = None;
+            self.outage = None;
         }
         let is_known = self.lane_of(cycle, cx, &mut effects, |queue, cx| queue.on_event(cycle, event, cx));
         match event {
@@ -40,7 +40,7 @@ impl<W> Group<W> {
                 error,
                 outage: Some(outage),
             } if !self.waiters.is_empty() => {
-                self.trouble = Some(Box::new(Trouble::after(self.trouble.take(), outage, error)));
+                self.outage = Some(Box::new(KeyOutage::after(self.outage.take(), outage, error)));
                 self.fail_impatient(cx, &mut effects);
             }
             _ => {}

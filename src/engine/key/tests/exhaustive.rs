@@ -5,7 +5,7 @@ use super::*;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     /// A task enqueues, gives up, collects its outcome, or releases its guard.
-    WaiterOptions(usize),
+    Enqueue(usize),
     Try(usize),
     GiveUp(usize),
     Collect(usize),
@@ -26,14 +26,14 @@ enum Step {
     Expire,
     /// A linger period ends; a lingering lease is evicted; a renewal reports a remote waiter.
     LingerEnds,
-    LetGo,
+    Evict,
     RenewedWanted,
     Close,
 }
 
 const STEPS: [Step; 24] = [
-    Step::WaiterOptions(0),
-    Step::WaiterOptions(1),
+    Step::Enqueue(0),
+    Step::Enqueue(1),
     Step::Try(0),
     Step::Try(1),
     Step::GiveUp(0),
@@ -53,7 +53,7 @@ const STEPS: [Step; 24] = [
     Step::Moved,
     Step::Expire,
     Step::LingerEnds,
-    Step::LetGo,
+    Step::Evict,
     Step::RenewedWanted,
     Step::Close,
 ];
@@ -100,77 +100,42 @@ const BEGINNINGS: [(Keeping, &[Step]); 10] = [
     (NOTHING_KEPT, &[]),
     (
         NOTHING_KEPT,
-        &[
-            Step::WaiterOptions(0),
-            Step::Granted,
-            Step::Collect(0),
-            Step::WaiterOptions(1),
-        ],
+        &[Step::Enqueue(0), Step::Granted, Step::Collect(0), Step::Enqueue(1)],
+    ),
+    (
+        NOTHING_KEPT,
+        &[Step::Enqueue(0), Step::NoneLeft, Step::Queued, Step::Enqueue(1)],
     ),
     (
         NOTHING_KEPT,
         &[
-            Step::WaiterOptions(0),
-            Step::NoneLeft,
-            Step::Queued,
-            Step::WaiterOptions(1),
-        ],
-    ),
-    (
-        NOTHING_KEPT,
-        &[
-            Step::WaiterOptions(0),
+            Step::Enqueue(0),
             Step::Granted,
             Step::Collect(0),
-            Step::WaiterOptions(1),
+            Step::Enqueue(1),
             Step::Release(0),
         ],
     ),
     (KEPT, &[]),
     (
         KEPT,
-        &[
-            Step::WaiterOptions(0),
-            Step::Granted,
-            Step::Collect(0),
-            Step::WaiterOptions(1),
-        ],
+        &[Step::Enqueue(0), Step::Granted, Step::Collect(0), Step::Enqueue(1)],
     ),
     (
         KEPT,
-        &[
-            Step::WaiterOptions(0),
-            Step::Granted,
-            Step::Collect(0),
-            Step::Release(0),
-        ],
+        &[Step::Enqueue(0), Step::Granted, Step::Collect(0), Step::Release(0)],
     ),
     (
         KEPT_WITHOUT_TOKENS,
-        &[
-            Step::WaiterOptions(0),
-            Step::Granted,
-            Step::Collect(0),
-            Step::Release(0),
-        ],
+        &[Step::Enqueue(0), Step::Granted, Step::Collect(0), Step::Release(0)],
     ),
     (
         MIN_HELD,
-        &[
-            Step::WaiterOptions(0),
-            Step::WaiterOptions(1),
-            Step::Granted,
-            Step::Collect(0),
-        ],
+        &[Step::Enqueue(0), Step::Enqueue(1), Step::Granted, Step::Collect(0)],
     ),
     (
         MIN_HELD,
-        &[
-            Step::WaiterOptions(1),
-            Step::Granted,
-            Step::Collect(1),
-            Step::WaiterOptions(0),
-        ],
+        &[Step::Enqueue(1), Step::Granted, Step::Collect(1), Step::Enqueue(0)],
     ),
 ];
 
@@ -211,7 +176,7 @@ impl Small {
     }
 
     /// The cycle that the next reply is for.
-    const fn asked(&self) -> Option<Cycle> {
+    const fn awaited_cycle(&self) -> Option<Cycle> {
         match self.under_way {
             Some(Request::Acquire { cycle, .. }) => Some(cycle),
             Some(Request::Release { cycle, .. }) => Some(cycle),
@@ -223,25 +188,25 @@ impl Small {
     fn step(&mut self, step: Step) -> bool {
         self.bench.pass(ms(1));
         match step {
-            Step::WaiterOptions(task) | Step::Try(task) => {
+            Step::Enqueue(task) | Step::Try(task) => {
                 if self.waiting[task].is_some() || self.guards[task].is_some() {
                     return false;
                 }
-                let want = WaiterOptions {
+                let options = WaiterOptions {
                     try_only: matches!(step, Step::Try(_)),
                     linger: self.keeping.linger,
                     min_hold: match task {
                         0 => self.keeping.min_hold,
                         _ => MinHold::NONE,
                     },
-                    in_outage: if task == 1 && step == Step::WaiterOptions(task) {
+                    in_outage: if task == 1 && step == Step::Enqueue(task) {
                         InOutage::UntilOwnLimit
                     } else {
                         InOutage::Fail
                     },
-                    ..WANT
+                    ..OPTIONS
                 };
-                let (id, seen) = self.bench.want_as(task as u32, want);
+                let (id, seen) = self.bench.enqueue_as(task as u32, options);
                 self.waiting[task] = Some(id);
                 self.asked_at[task] = self.bench.now;
                 self.check_confirmed(&seen);
@@ -279,15 +244,19 @@ impl Small {
             }
             Step::Granted | Step::Queued | Step::NoneLeft => return self.answer(step),
             Step::Failed => {
-                let Some(cycle) = self.asked() else { return false };
+                let Some(cycle) = self.awaited_cycle() else {
+                    return false;
+                };
                 self.under_way = None;
                 let seen = self.bench.failed(cycle);
                 self.follow(&seen);
             }
             Step::Dropped => {
-                let Some(cycle) = self.asked() else { return false };
+                let Some(cycle) = self.awaited_cycle() else {
+                    return false;
+                };
                 self.under_way = None;
-                let seen = self.bench.dropped(cycle);
+                let seen = self.bench.cancelled(cycle);
                 self.follow(&seen);
             }
             Step::Pushed => {
@@ -302,7 +271,7 @@ impl Small {
             }
             Step::Wanted => {
                 let Some(cycle) = self.current() else { return false };
-                let seen = self.bench.wanted(cycle);
+                let seen = self.bench.remote_waiter(cycle);
                 self.follow(&seen);
                 self.note_turn(cycle);
             }
@@ -326,11 +295,11 @@ impl Small {
                 assert_eq!(self.bench.queue.lingers_until(), None);
                 self.follow(&seen);
             }
-            Step::LetGo => {
+            Step::Evict => {
                 if self.bench.queue.lingers_until().is_none() {
                     return false;
                 }
-                let seen = self.bench.let_go();
+                let seen = self.bench.evict();
                 self.follow(&seen);
             }
             Step::RenewedWanted => {
@@ -339,7 +308,7 @@ impl Small {
                 };
                 let seen = self
                     .bench
-                    .renewed(cycle, self.bench.now, Some(RenewReply::Extended { wanted: true }));
+                    .renewed(cycle, self.bench.now, Some(RenewReply::Extended { has_waiters: true }));
                 self.follow(&seen);
                 self.note_turn(cycle);
             }
@@ -400,12 +369,12 @@ impl Small {
             Request::Acquire { cycle, .. } => self.bench.reply(cycle, reply),
             Request::Release {
                 cycle, requeue: None, ..
-            } if step == Step::NoneLeft => self.bench.released_remotely(cycle, None),
+            } if step == Step::NoneLeft => self.bench.reply_to_release(cycle, None),
             Request::Release {
                 cycle,
                 requeue: Some(_),
                 ..
-            } => self.bench.released_remotely(cycle, Some(reply)),
+            } => self.bench.reply_to_release(cycle, Some(reply)),
             Request::Release { .. } => {
                 self.under_way = Some(request);
                 return false;
@@ -441,7 +410,7 @@ impl Small {
     fn check_turn(&mut self, task: usize, granted: &Granted) {
         let cycle = granted.lease.cycle;
         let is_first = matches!(granted.path, Path::Uncontended | Path::RemoteGrant);
-        if is_first && cycle.expects_rivals() {
+        if is_first && cycle.expects_remote_waiters() {
             self.turn = Some((cycle, granted.at));
         }
         if let Some((_, began)) = self.turn.filter(|(of, _)| *of == cycle) {
@@ -546,7 +515,10 @@ impl Small {
         );
         if queue.lingers_until().is_some() {
             assert!(in_line == 0 && !self.closed, "a lingering lease goes to a waiter");
-            assert!(!queue.remote_waiters_seen(), "a lease that others want does not linger");
+            assert!(
+                !queue.remote_waiters_seen(),
+                "a lease with a remote waiter does not linger"
+            );
         }
         if let Phase::Held(_) | Phase::Queued(_) = phase {
             assert!(queue.next_deadline().is_some(), "a timer must be set");

@@ -5,8 +5,8 @@ use super::*;
 /// A guard whose release leaves a waiter but no token, so that the lease must be extended.
 fn extend(bench: &mut Bench) -> (Granted, WaiterId, Cycle) {
     let guard = bench.hold(10, 10);
-    let (id, _) = bench.want(1);
-    let (cycle, kind, _) = bench.release_held(&guard).asks();
+    let (id, _) = bench.enqueue(1);
+    let (cycle, kind, _) = bench.release_held(&guard).acquires();
     assert_eq!((cycle, kind), (guard.lease.cycle, AcquireKind::Extend));
     (guard, id, cycle)
 }
@@ -30,7 +30,7 @@ fn extension_with_tokens_that_are_not_above_the_floor_loses_the_lease() {
         } else {
             assert_eq!(guard.lease.loss(), Some(LossReason::Taken));
             assert_eq!(seen.abandoned, [cycle]);
-            assert!(seen.asks().0 > cycle, "the waiter starts over");
+            assert!(seen.acquires().0 > cycle, "the waiter starts over");
         }
     }
 }
@@ -53,13 +53,17 @@ fn validity_of_an_extension_counts_from_its_sending() {
 /// shortens a lease. Moving the end of the validity back would end the lease of a legitimate
 /// holder.
 #[test]
-fn reply_to_an_earlier_request_takes_no_validity_away() {
+fn reply_to_an_earlier_request_does_not_shorten_the_validity() {
     let mut bench = Bench::new();
     let (guard, _, cycle) = extend(&mut bench);
     let extension_sent_at = bench.now;
     bench.pass(ms(100));
     let renewal_sent_at = bench.now;
-    bench.renewed(cycle, renewal_sent_at, Some(RenewReply::Extended { wanted: false }));
+    bench.renewed(
+        cycle,
+        renewal_sent_at,
+        Some(RenewReply::Extended { has_waiters: false }),
+    );
     bench.reply_to(extension_sent_at, cycle, extended(11, 74));
     assert_eq!(guard.lease.valid_until(), renewal_sent_at + TTL - DRIFT);
 }
@@ -77,7 +81,7 @@ fn late_reply_to_an_extension_does_not_revive_the_lease() {
     assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
     assert!(!bench.queue.is_settled(id));
     assert_eq!(seen.abandoned, [cycle], "the store still has it");
-    assert!(seen.asks().0 > cycle);
+    assert!(seen.acquires().0 > cycle);
 }
 
 /// The same for a guard that is out while more tokens are fetched: it has already reported its loss
@@ -86,8 +90,8 @@ fn late_reply_to_an_extension_does_not_revive_the_lease() {
 fn late_reply_to_an_extension_does_not_revive_a_guard() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 2);
-    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
-    let cycle = bench.release_held(&guard).asks().0;
+    let ids: Vec<_> = (1..=2).map(|waker| bench.enqueue(waker).0).collect();
+    let cycle = bench.release_held(&guard).acquires().0;
     let second = bench.guard(ids[0]);
     bench.pass(ms(500));
     let sent_at = bench.now;
@@ -101,13 +105,13 @@ fn late_reply_to_an_extension_does_not_revive_a_guard() {
 /// The owner of an odd cycle learns of remote waiters from the reply to an extension. From then on
 /// its bypass is bounded, whether or not a guard is out at that moment.
 #[test]
-fn extension_that_finds_rivals_bounds_the_bypass() {
+fn extension_that_reports_remote_waiters_bounds_the_bypass() {
     for is_out in [false, true] {
         let mut bench = Bench::new();
         bench.rules.max_burst = 1;
         let guard = bench.hold(1, if is_out { 2 } else { 1 });
-        let ids: Vec<_> = (1..=3).map(|waker| bench.want(waker).0).collect();
-        let cycle = bench.release_held(&guard).asks().0;
+        let ids: Vec<_> = (1..=3).map(|waker| bench.enqueue(waker).0).collect();
+        let cycle = bench.release_held(&guard).acquires().0;
         let reply = AcquireReply::Granted {
             tokens: tokens(100, 163),
             queued: 1,
@@ -123,7 +127,7 @@ fn extension_that_finds_rivals_bounds_the_bypass() {
         };
         let (released, next) = seen.releases();
         assert_eq!(released, cycle, "is_out: {is_out}");
-        assert!(next.is_some_and(Cycle::expects_rivals));
+        assert!(next.is_some_and(Cycle::expects_remote_waiters));
     }
 }
 
@@ -134,7 +138,7 @@ fn lease_is_passed_on_until_less_than_a_quarter_of_its_time_is_left() {
         let mut bench = Bench::new();
         bench.rules.renew_fraction = 0.9;
         let guard = bench.hold(1, 64);
-        bench.want(1);
+        bench.enqueue(1);
         bench.pass(ms(passed));
         let seen = bench.release_held(&guard);
         assert_eq!(seen.request.is_none(), is_passed_on, "{passed}");
@@ -149,11 +153,11 @@ fn requeue_after_an_extension_without_an_answer_repeats_the_release() {
     let mut bench = Bench::new();
     bench.rules.max_slice = ms(10);
     let guard = bench.hold(1, 2);
-    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
-    let cycle = bench.release_held(&guard).asks().0;
+    let ids: Vec<_> = (1..=2).map(|waker| bench.enqueue(waker).0).collect();
+    let cycle = bench.release_held(&guard).acquires().0;
     let second = bench.guard(ids[0]);
     bench.failed(cycle);
-    bench.wanted(cycle);
+    bench.remote_waiter(cycle);
     bench.pass(ms(10));
     let seen = bench.release_held(&second);
     assert!(seen.releases().1.is_some());

@@ -148,12 +148,12 @@ impl Few {
                 if self.waiting[task].is_some() || self.guards[task].is_some() {
                     return false;
                 }
-                let want = WaiterOptions {
+                let options = WaiterOptions {
                     mode: self.modes[task],
                     try_only: matches!(step, Step::Try(_)),
-                    ..WANT
+                    ..OPTIONS
                 };
-                let id = self.event(|group, cx| group.want(want, Some(task as u32), cx));
+                let id = self.event(|group, cx| group.enqueue(options, Some(task as u32), cx));
                 self.waiting[task] = Some(id);
             }
             Step::GiveUp(task) => {
@@ -189,7 +189,7 @@ impl Few {
             Step::Failed(end) => {
                 let Some(request) = self.take(end) else { return false };
                 let (error, cycle) = (no_answer(), request.cycle());
-                let outage = Outage {
+                let outage = StoreOutage {
                     since: self.now,
                     patience: TTL,
                     retry_at: self.now,
@@ -398,7 +398,7 @@ fn last_of_the_shared_guards_releases_the_lease() {
 
 /// A permit passes to the next task that wants as many, without a request.
 #[test]
-fn permit_passes_to_the_next_task_that_wants_the_same() {
+fn permit_passes_to_the_next_task_that_requests_as_many() {
     let mut few = Few::new([permits(1, 1); 2]);
     for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0), Step::Want(1)] {
         assert!(few.step(step));
@@ -431,9 +431,9 @@ fn reader_that_comes_after_a_turn_began_waits_for_the_next_one() {
     let trial = WaiterOptions {
         mode: LockMode::Shared,
         try_only: true,
-        ..WANT
+        ..OPTIONS
     };
-    let trial = few.event(|group, cx| group.want(trial, Some(9), cx));
+    let trial = few.event(|group, cx| group.enqueue(trial, Some(9), cx));
     assert!(matches!(few.group.collect(trial), Some(Outcome::Busy)));
     assert!(few.step(Step::Release(0)));
     assert!(matches!(few.in_flight[..], [Request::Release { requeue: Some(_), .. }]));
@@ -444,7 +444,7 @@ fn reader_that_comes_after_a_turn_began_waits_for_the_next_one() {
 
 /// The turn of a lease of permits serves the tasks that waited when it began, too.
 #[test]
-fn permit_passes_to_those_who_waited_when_the_turn_began() {
+fn permit_passes_to_the_tasks_that_waited_when_the_turn_began() {
     let mut few = Few::new([permits(1, 1); 2]);
     for step in [
         Step::Want(0),
@@ -514,9 +514,9 @@ fn latest_claim_is_given_up_if_there_are_too_many() {
     }
     let third = WaiterOptions {
         mode: permits(1, 2),
-        ..WANT
+        ..OPTIONS
     };
-    let third = few.event(|group, cx| group.want(third, Some(9), cx));
+    let third = few.event(|group, cx| group.enqueue(third, Some(9), cx));
     assert!(few.step(Step::Release(0)));
     let [
         Request::Release {
@@ -550,18 +550,18 @@ fn claim_of_a_turn_serves_no_task_that_came_later() {
     ] {
         assert!(few.step(step), "{step:?}");
     }
-    let want = WaiterOptions {
+    let options = WaiterOptions {
         mode: permits(1, 2),
-        ..WANT
+        ..OPTIONS
     };
-    let [included, gives_up] = [7, 8].map(|waker| few.event(|group, cx| group.want(want, Some(waker), cx)));
+    let [included, gives_up] = [7, 8].map(|waker| few.event(|group, cx| group.enqueue(options, Some(waker), cx)));
     // The turns of both leases begin. The second has a token to spare.
     assert!(few.step(Step::Wanted) && few.step(Step::Pushed) && few.step(Step::Collect(1)));
     few.event(|group, cx| ((), group.give_up(gives_up, cx)));
     let cycles = [0, 1].map(|task| few.guards[task].as_ref().unwrap().lease.cycle);
     assert!(few.step(Step::Release(0)));
     assert!(matches!(few.in_flight[..], [Request::Acquire { cycle, .. }] if cycle == cycles[0]));
-    let newcomer = few.event(|group, cx| group.want(want, Some(9), cx));
+    let newcomer = few.event(|group, cx| group.enqueue(options, Some(9), cx));
     assert!(few.step(Step::Release(1)));
     assert!(few.group.is_settled(included), "the other lane has a token");
     assert!(few.step(Step::Granted(Oldest)));
@@ -581,15 +581,15 @@ fn claim_of_a_turn_serves_no_task_that_came_later() {
 
 /// A process with few leases would otherwise have longer turns than one with many.
 #[test]
-fn turn_of_a_permit_serves_its_part_of_the_line() {
+fn turn_of_a_permit_serves_its_share_of_the_waiters() {
     for (limit, waiting, served) in [(1, 3, 3), (2, 6, 3), (2, 5, 3), (4, 6, 2), (10, 6, 1), (1_000, 16, 2)] {
         let mode = permits(1, limit);
         let mut few = Few::new([mode; 2]);
         for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0)] {
             assert!(few.step(step));
         }
-        let want = WaiterOptions { mode, ..WANT };
-        let ask = |_| few.event(|group, cx| group.want(want, Some(9), cx));
+        let options = WaiterOptions { mode, ..OPTIONS };
+        let ask = |_| few.event(|group, cx| group.enqueue(options, Some(9), cx));
         let waiting: Vec<_> = (0..waiting).map(ask).collect();
         // Other processes have the other permits.
         while few.step(Step::Queued(Oldest)) {}

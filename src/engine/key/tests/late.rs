@@ -17,7 +17,7 @@ fn assert_ignored(seen: &Seen, what: &str) {
 }
 
 /// Every event that a request of the old cycle can cause.
-fn everything_late(bench: &mut Bench) {
+fn deliver_late_events(bench: &mut Bench) {
     let over = Cycle::of(OVER);
     for reply in [granted(500, 563), extended(500, 563), queued(500)] {
         let seen = bench.reply(over, reply);
@@ -27,19 +27,19 @@ fn everything_late(bench: &mut Bench) {
     for reply in [AcquireReply::Taken, AcquireReply::Busy] {
         assert_eq!(bench.reply(over, reply), NOTHING);
     }
-    assert_eq!(bench.released_remotely(over, None), NOTHING);
-    assert_eq!(bench.released_remotely(over, Some(granted(500, 563))), NOTHING);
+    assert_eq!(bench.reply_to_release(over, None), NOTHING);
+    assert_eq!(bench.reply_to_release(over, Some(granted(500, 563))), NOTHING);
     assert_eq!(bench.failed(over), NOTHING);
-    assert_eq!(bench.dropped(over), NOTHING);
+    assert_eq!(bench.cancelled(over), NOTHING);
     assert_eq!(bench.renewed(over, bench.now, Some(RenewReply::NotOurs)), NOTHING);
     assert_eq!(
-        bench.renewed(over, bench.now, Some(RenewReply::Extended { wanted: true })),
+        bench.renewed(over, bench.now, Some(RenewReply::Extended { has_waiters: true })),
         NOTHING
     );
     let pushes: [fn(&mut Bench, Cycle) -> Seen; 3] = [
         |bench, over| bench.grant(grant(over, 500, 563)),
-        |bench, over| bench.turn(over),
-        |bench, over| bench.wanted(over),
+        |bench, over| bench.your_turn(over),
+        |bench, over| bench.remote_waiter(over),
     ];
     for push in pushes {
         let seen = push(bench, over);
@@ -52,24 +52,24 @@ fn everything_late(bench: &mut Bench) {
 /// current request, a task would hold a lock that the store never granted, or wait for a reply that
 /// has already arrived.
 #[test]
-fn answer_for_a_cycle_that_is_over_is_none_to_a_request_for_the_lease() {
+fn late_events_of_an_old_cycle_do_not_affect_an_acquire() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want(0);
-    everything_late(&mut bench);
+    let (id, seen) = bench.enqueue(0);
+    deliver_late_events(&mut bench);
     assert!(!bench.queue.is_settled(id) && bench.queue.awaits_store());
-    bench.reply(seen.asks().0, granted(1, 1));
+    bench.reply(seen.acquires().0, granted(1, 1));
     assert_eq!(bench.guard(id).token.get(), 1);
 }
 
 #[test]
-fn answer_for_a_cycle_that_is_over_is_none_to_an_extension() {
+fn late_events_of_an_old_cycle_do_not_affect_an_extension() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
-    let (id, _) = bench.want(1);
-    let cycle = bench.release_held(&guard).asks().0;
+    let (id, _) = bench.enqueue(1);
+    let cycle = bench.release_held(&guard).acquires().0;
     let until = guard.lease.valid_until();
     bench.pass(ms(100));
-    everything_late(&mut bench);
+    deliver_late_events(&mut bench);
     assert!(!bench.queue.is_settled(id) && bench.queue.awaits_store());
     assert_eq!(guard.lease.valid_until(), until);
     bench.reply(cycle, extended(2, 65));
@@ -77,75 +77,75 @@ fn answer_for_a_cycle_that_is_over_is_none_to_an_extension() {
 }
 
 #[test]
-fn answer_for_a_cycle_that_is_over_is_none_to_a_release() {
+fn late_events_of_an_old_cycle_do_not_affect_a_release() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
     bench.release_held(&guard);
-    everything_late(&mut bench);
+    deliver_late_events(&mut bench);
     assert!(bench.queue.awaits_store(), "its reply determines what happens next");
-    bench.want(1);
-    assert!(bench.released_remotely(guard.lease.cycle, None).asks().0 > guard.lease.cycle);
+    bench.enqueue(1);
+    assert!(bench.reply_to_release(guard.lease.cycle, None).acquires().0 > guard.lease.cycle);
 }
 
 #[test]
-fn answer_for_a_cycle_that_is_over_is_none_to_a_release_that_joins_again() {
+fn late_events_of_an_old_cycle_do_not_affect_a_release_that_requeues() {
     let mut bench = Bench::new();
     bench.rules.max_burst = 1;
-    let (id, cycle) = bench.stand_in_queue(10);
-    let (other, _) = bench.want(1);
+    let (id, cycle) = bench.join_store_queue(10);
+    let (other, _) = bench.enqueue(1);
     bench.grant(grant(cycle, 11, 11));
     let guard = bench.guard(id);
     let next = bench.release_held(&guard).releases().1.unwrap();
-    everything_late(&mut bench);
+    deliver_late_events(&mut bench);
     assert!(bench.queue.is_current(cycle) && bench.queue.is_current(next));
-    assert_eq!(bench.released_remotely(cycle, Some(granted(12, 12))).woken, [1]);
+    assert_eq!(bench.reply_to_release(cycle, Some(granted(12, 12))).woken, [1]);
     assert!(!bench.queue.is_current(cycle) && bench.queue.is_current(next));
     assert_eq!(bench.guard(other).token.get(), 12);
 }
 
 #[test]
-fn answer_for_a_cycle_that_is_over_lets_nobody_enter_from_the_stores_queue() {
+fn late_events_of_an_old_cycle_do_not_affect_a_queued_cycle() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
-    everything_late(&mut bench);
+    let (id, cycle) = bench.join_store_queue(10);
+    deliver_late_events(&mut bench);
     assert!(!bench.queue.is_settled(id));
     assert_eq!(bench.queue.queued_cycle(), Some(cycle));
     assert_eq!(bench.grant(grant(cycle, 11, 11)).woken, [0]);
 }
 
 #[test]
-fn answer_for_a_cycle_that_is_over_ends_no_guard() {
+fn late_events_of_an_old_cycle_do_not_affect_a_guard() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
-    everything_late(&mut bench);
+    deliver_late_events(&mut bench);
     let cycle = guard.lease.cycle;
     // The same goes for a failure of this cycle's own request, since there is none.
     assert_eq!(bench.failed(cycle), NOTHING);
-    assert_eq!(bench.dropped(cycle), NOTHING);
+    assert_eq!(bench.cancelled(cycle), NOTHING);
     assert_eq!(bench.grant(grant(cycle, 500, 563)), NOTHING);
     assert_eq!(guard.lease.loss_at(bench.now), None);
     assert_eq!(bench.release_held(&guard).abandoned, [], "nothing is in doubt");
 }
 
 #[test]
-fn answer_that_leaves_nobody_waiting_leaves_nothing() {
+fn reply_that_no_waiter_needs_leaves_nothing() {
     let ends: [fn(&mut Bench, Cycle) -> Seen; 4] = [
         |bench, cycle| bench.reply(cycle, AcquireReply::Taken),
         |bench, cycle| bench.reply(cycle, AcquireReply::Busy),
         |bench, cycle| bench.failed(cycle),
-        |bench, cycle| bench.dropped(cycle),
+        |bench, cycle| bench.cancelled(cycle),
     ];
     for end in ends {
         let mut bench = Bench::new();
-        let (id, seen) = bench.want(0);
+        let (id, seen) = bench.enqueue(0);
         bench.give_up(id);
-        assert_eq!(end(&mut bench, seen.asks().0).request, None);
+        assert_eq!(end(&mut bench, seen.acquires().0).request, None);
         assert!(bench.queue.is_unused());
     }
     let ends: [fn(&mut Bench, Cycle) -> Seen; 3] = [
-        |bench, cycle| bench.released_remotely(cycle, None),
+        |bench, cycle| bench.reply_to_release(cycle, None),
         |bench, cycle| bench.failed(cycle),
-        |bench, cycle| bench.dropped(cycle),
+        |bench, cycle| bench.cancelled(cycle),
     ];
     for end in ends {
         let mut bench = Bench::new();
@@ -159,17 +159,17 @@ fn answer_that_leaves_nobody_waiting_leaves_nothing() {
 /// A server without its data counts tokens from the beginning. One waiter gets the error, and the
 /// others retry with a new cycle, for which the store's script issues tokens above the floor.
 #[test]
-fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
+fn waiters_behind_a_token_regression_retry_with_a_new_cycle() {
     let mut bench = Bench::new();
-    let (first, seen) = bench.want_as(
+    let (first, seen) = bench.enqueue_as(
         0,
         WaiterOptions {
             contended_hint: true,
-            ..WANT
+            ..OPTIONS
         },
     );
-    let cycle = seen.asks().0;
-    let (second, _) = bench.want(1);
+    let cycle = seen.acquires().0;
+    let (second, _) = bench.enqueue(1);
     let below = Answer {
         floor: 50,
         ..answer(bench.now, granted(20, 30))
@@ -180,7 +180,7 @@ fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
         Some(Outcome::Regressed { token: 20, floor: 50 })
     ));
     assert_eq!(seen.abandoned, [cycle]);
-    let next = seen.asks().0;
+    let next = seen.acquires().0;
     assert!(next > cycle);
     bench.reply(next, granted(51, 51));
     assert_eq!(bench.guard(second).token.get(), 51);
@@ -189,7 +189,7 @@ fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
 /// A manager that no grant reaches must ask by itself, and often: at its turn the lease is reserved
 /// for one second. With short leases it asks even more often.
 #[test]
-fn waiter_that_no_grant_reaches_looks_often() {
+fn waiter_that_no_grant_reaches_retries_often() {
     for (ttl, owner_ttl, look_in) in [
         (ms(400), Some(ms(5_000)), 100),
         (ms(400), Some(ms(50)), 52),
@@ -198,12 +198,12 @@ fn waiter_that_no_grant_reaches_looks_often() {
         (ms(60_000), None, 250),
     ] {
         let mut bench = Bench::new();
-        let want = WaiterOptions {
+        let options = WaiterOptions {
             ttl,
             contended_hint: true,
-            ..WANT
+            ..OPTIONS
         };
-        let cycle = bench.want_as(0, want).1.asks().0;
+        let cycle = bench.enqueue_as(0, options).1.acquires().0;
         let position = QueuePosition {
             enqueue_token: 10,
             owner_ttl,
@@ -223,10 +223,10 @@ fn waiter_that_no_grant_reaches_looks_often() {
 /// This holds no matter how many cycles are ahead: the next owner may die with a shorter lease than
 /// the one last seen.
 #[test]
-fn waiter_far_back_looks_in_bounded_time() {
+fn waiter_far_back_in_the_queue_retries_in_bounded_time() {
     for (ahead, look_in) in [(4_999, 12_500), (u64::MAX, 12_500)] {
         let mut bench = Bench::new();
-        let (_, seen) = bench.want(0);
+        let (_, seen) = bench.enqueue(0);
         let position = QueuePosition {
             enqueue_token: 10,
             owner_ttl: Some(ms(3_600_000)),
@@ -234,7 +234,7 @@ fn waiter_far_back_looks_in_bounded_time() {
             ahead,
             is_subscribed: true,
         };
-        bench.reply(seen.asks().0, AcquireReply::Queued(position));
+        bench.reply(seen.acquires().0, AcquireReply::Queued(position));
         assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(look_in)), "{ahead}");
     }
 }

@@ -6,12 +6,12 @@ const MIN_HOLD: Duration = ms(3_000);
 
 const WANTS_LONG: WaiterOptions = WaiterOptions {
     min_hold: MinHold::of_millis(3_000),
-    ..WANT
+    ..OPTIONS
 };
 
 /// The TTL of the acquire among the effects.
 #[track_caller]
-fn ttl_asked(seen: &Seen) -> Duration {
+fn requested_ttl(seen: &Seen) -> Duration {
     match seen.request {
         Some(Request::Acquire { ttl, .. }) => ttl,
         _ => panic!("no acquire in {seen:?}"),
@@ -31,19 +31,19 @@ impl Bench {
 
     /// Acquires the lock with `MIN_HOLD`.
     fn hold_long(&mut self) -> Granted {
-        let (id, seen) = self.want_as(0, WANTS_LONG);
-        let cycle = seen.asks().0;
+        let (id, seen) = self.enqueue_as(0, WANTS_LONG);
+        let cycle = seen.acquires().0;
         self.grant_for(MIN_HOLD, cycle, 1, 1);
         self.guard(id)
     }
 }
 
 #[test]
-fn the_first_ttl_is_at_least_as_long_and_renewals_have_the_usual_one() {
+fn first_ttl_covers_the_minimum_hold_and_renewals_have_the_usual_one() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WANTS_LONG);
-    assert_eq!(ttl_asked(&seen), MIN_HOLD);
-    let cycle = seen.asks().0;
+    let (id, seen) = bench.enqueue_as(0, WANTS_LONG);
+    assert_eq!(requested_ttl(&seen), MIN_HOLD);
+    let cycle = seen.acquires().0;
     assert_eq!(cycle.ttl(), MIN_HOLD, "also if the lease is passed on to it");
     bench.grant_for(MIN_HOLD, cycle, 1, 1);
     let guard = bench.guard(id);
@@ -54,9 +54,9 @@ fn the_first_ttl_is_at_least_as_long_and_renewals_have_the_usual_one() {
 
     let short = WaiterOptions {
         min_hold: MinHold::of_millis(10),
-        ..WANT
+        ..OPTIONS
     };
-    assert_eq!(ttl_asked(&Bench::new().want_as(0, short).1), TTL);
+    assert_eq!(requested_ttl(&Bench::new().enqueue_as(0, short).1), TTL);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn early_release_goes_to_the_store_and_the_cycle_is_recorded() {
     let seen = bench.release_held(&guard);
     assert_eq!(seen.releases(), (guard.lease.cycle, None));
     assert_eq!(bench.min_holds.until(guard.lease.cycle, bench.now), Some(until));
-    assert_eq!(bench.released_remotely(guard.lease.cycle, None), NOTHING);
+    assert_eq!(bench.reply_to_release(guard.lease.cycle, None), NOTHING);
     assert!(bench.queue.is_unused());
     assert_eq!(bench.min_holds.until(guard.lease.cycle, until), None);
 }
@@ -77,29 +77,32 @@ fn early_release_goes_to_the_store_and_the_cycle_is_recorded() {
 fn local_waiters_do_not_get_the_key_before_the_time_has_passed() {
     let mut bench = Bench::new();
     let guard = bench.hold_long();
-    let (waiter, _) = bench.want(1);
+    let (waiter, _) = bench.enqueue(1);
     bench.pass(ms(50));
     let seen = bench.release_held(&guard);
     assert_eq!((seen.releases(), &seen.woken[..]), ((guard.lease.cycle, None), &[][..]));
     // The waiter joins the queue of the store.
-    let seen = bench.released_remotely(guard.lease.cycle, None);
-    let (cycle, kind, _) = seen.asks();
+    let seen = bench.reply_to_release(guard.lease.cycle, None);
+    let (cycle, kind, _) = seen.acquires();
     assert!(cycle != guard.lease.cycle && kind == AcquireKind::Fast);
-    let (cycle, kind, _) = bench.reply(cycle, AcquireReply::Taken).asks();
+    let (cycle, kind, _) = bench.reply(cycle, AcquireReply::Taken).acquires();
     assert_eq!(kind, AcquireKind::Enqueue);
     assert_eq!(bench.reply(cycle, queued(10)), NOTHING);
     assert!(!bench.queue.is_settled(waiter));
 }
 
 #[test]
-fn try_of_the_same_process_asks_the_store() {
+fn try_of_the_same_process_is_sent_to_the_store() {
     let mut bench = Bench::new();
     let guard = bench.hold_long();
     bench.release_held(&guard);
-    let try_it = WaiterOptions { try_only: true, ..WANT };
-    let (id, seen) = bench.want_as(1, try_it);
+    let try_it = WaiterOptions {
+        try_only: true,
+        ..OPTIONS
+    };
+    let (id, seen) = bench.enqueue_as(1, try_it);
     assert_eq!(seen, NOTHING);
-    let (cycle, kind, _) = bench.released_remotely(guard.lease.cycle, None).asks();
+    let (cycle, kind, _) = bench.reply_to_release(guard.lease.cycle, None).acquires();
     assert_eq!(kind, AcquireKind::Try);
     assert_eq!(bench.reply(cycle, AcquireReply::Busy).woken, [1]);
     assert!(matches!(bench.collect(id), Some(Outcome::Busy)));
@@ -110,31 +113,31 @@ fn try_of_the_same_process_asks_the_store() {
 fn lease_is_used_as_usual_once_the_time_has_passed() {
     let linger = Linger::of_millis(400);
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WaiterOptions { linger, ..WANTS_LONG });
-    bench.grant_for(MIN_HOLD, seen.asks().0, 1, 64);
+    let (id, seen) = bench.enqueue_as(0, WaiterOptions { linger, ..WANTS_LONG });
+    bench.grant_for(MIN_HOLD, seen.acquires().0, 1, 64);
     let guard = bench.guard(id);
     bench.pass(ms(2_900));
     bench.renewed(
         guard.lease.cycle,
         bench.now,
-        Some(RenewReply::Extended { wanted: false }),
+        Some(RenewReply::Extended { has_waiters: false }),
     );
     bench.pass(ms(100));
-    let (waiter, _) = bench.want(1);
+    let (waiter, _) = bench.enqueue(1);
     assert_eq!(bench.release_held(&guard).woken, [1]);
     let guard = bench.guard(waiter);
     assert_eq!(guard.path, Path::LocalHandOff);
     assert_eq!(bench.release_held(&guard).releases(), (guard.lease.cycle, None));
 
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WaiterOptions { linger, ..WANTS_LONG });
-    bench.grant_for(MIN_HOLD, seen.asks().0, 1, 64);
+    let (id, seen) = bench.enqueue_as(0, WaiterOptions { linger, ..WANTS_LONG });
+    bench.grant_for(MIN_HOLD, seen.acquires().0, 1, 64);
     let guard = bench.guard(id);
     bench.pass(ms(2_900));
     bench.renewed(
         guard.lease.cycle,
         bench.now,
-        Some(RenewReply::Extended { wanted: false }),
+        Some(RenewReply::Extended { has_waiters: false }),
     );
     bench.pass(ms(100));
     assert_eq!(bench.release_held(&guard), NOTHING);
@@ -145,8 +148,8 @@ fn lease_is_used_as_usual_once_the_time_has_passed() {
 fn lease_does_not_linger_before_the_time_has_passed() {
     let linger = Linger::of_millis(400);
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WaiterOptions { linger, ..WANTS_LONG });
-    bench.grant_for(MIN_HOLD, seen.asks().0, 1, 64);
+    let (id, seen) = bench.enqueue_as(0, WaiterOptions { linger, ..WANTS_LONG });
+    bench.grant_for(MIN_HOLD, seen.acquires().0, 1, 64);
     let guard = bench.guard(id);
     assert_eq!(bench.release_held(&guard).releases(), (guard.lease.cycle, None));
 }
@@ -156,36 +159,36 @@ fn lease_does_not_linger_before_the_time_has_passed() {
 fn waiter_with_a_minimum_hold_gets_a_new_lease() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
-    bench.want_as(1, WANTS_LONG);
+    bench.enqueue_as(1, WANTS_LONG);
     assert_eq!(bench.release_held(&guard).releases(), (guard.lease.cycle, None));
-    let seen = bench.released_remotely(guard.lease.cycle, None);
-    assert_eq!(ttl_asked(&seen), MIN_HOLD);
+    let seen = bench.reply_to_release(guard.lease.cycle, None);
+    assert_eq!(requested_ttl(&seen), MIN_HOLD);
 
     let linger = Linger::of_millis(400);
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WaiterOptions { linger, ..WANT });
-    bench.reply(seen.asks().0, granted(1, 64));
+    let (id, seen) = bench.enqueue_as(0, WaiterOptions { linger, ..OPTIONS });
+    bench.reply(seen.acquires().0, granted(1, 64));
     let guard = bench.guard(id);
     assert_eq!(bench.release_held(&guard), NOTHING);
     let try_long = WaiterOptions {
         try_only: true,
         ..WANTS_LONG
     };
-    let (_, seen) = bench.want_as(1, try_long);
+    let (_, seen) = bench.enqueue_as(1, try_long);
     assert_eq!(seen.releases(), (guard.lease.cycle, None));
-    let seen = bench.released_remotely(guard.lease.cycle, None);
-    assert_eq!((seen.asks().1, ttl_asked(&seen)), (AcquireKind::Try, MIN_HOLD));
+    let seen = bench.reply_to_release(guard.lease.cycle, None);
+    assert_eq!((seen.acquires().1, requested_ttl(&seen)), (AcquireKind::Try, MIN_HOLD));
 }
 
 #[test]
 fn lease_requested_for_a_waiter_that_has_left_is_extended_first() {
     let mut bench = Bench::new();
-    let (first, seen) = bench.want(0);
-    let cycle = seen.asks().0;
-    let (second, _) = bench.want_as(1, WANTS_LONG);
+    let (first, seen) = bench.enqueue(0);
+    let cycle = seen.acquires().0;
+    let (second, _) = bench.enqueue_as(1, WANTS_LONG);
     bench.give_up(first);
     let seen = bench.reply(cycle, granted(1, 64));
-    assert_eq!((seen.asks().0, ttl_asked(&seen)), (cycle, MIN_HOLD));
+    assert_eq!((seen.acquires().0, requested_ttl(&seen)), (cycle, MIN_HOLD));
     assert_eq!(bench.grant_for(MIN_HOLD, cycle, 65, 128).woken, [1]);
     assert_eq!(bench.guard(second).lease.cycle, cycle);
 }
@@ -193,11 +196,11 @@ fn lease_requested_for_a_waiter_that_has_left_is_extended_first() {
 #[test]
 fn extension_in_flight_is_awaited_before_the_release() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WANTS_LONG);
-    let cycle = seen.asks().0;
-    bench.want(1);
+    let (id, seen) = bench.enqueue_as(0, WANTS_LONG);
+    let cycle = seen.acquires().0;
+    bench.enqueue(1);
     let seen = bench.grant_for(MIN_HOLD, cycle, 1, 2);
-    assert_eq!(seen.asks().1, AcquireKind::Extend);
+    assert_eq!(seen.acquires().1, AcquireKind::Extend);
     let guard = bench.guard(id);
     assert_eq!(bench.release_held(&guard), NOTHING);
     let seen = bench.reply(cycle, extended(3, 66));
@@ -207,9 +210,9 @@ fn extension_in_flight_is_awaited_before_the_release() {
 #[test]
 fn task_that_does_not_take_its_guard_leaves_the_key_unlocked() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want_as(0, WANTS_LONG);
-    let cycle = seen.asks().0;
-    let (waiter, _) = bench.want(1);
+    let (id, seen) = bench.enqueue_as(0, WANTS_LONG);
+    let cycle = seen.acquires().0;
+    let (waiter, _) = bench.enqueue(1);
     bench.grant_for(MIN_HOLD, cycle, 1, 64);
     assert_eq!(bench.give_up(id).woken, [1]);
     assert_eq!(bench.min_holds.until(cycle, bench.now), None);
@@ -217,8 +220,8 @@ fn task_that_does_not_take_its_guard_leaves_the_key_unlocked() {
 
     for event in [Bench::close, Bench::disown] {
         let mut bench = Bench::new();
-        let (_, seen) = bench.want_as(0, WANTS_LONG);
-        let cycle = seen.asks().0;
+        let (_, seen) = bench.enqueue_as(0, WANTS_LONG);
+        let cycle = seen.acquires().0;
         bench.grant_for(MIN_HOLD, cycle, 1, 64);
         event(&mut bench);
         assert_eq!(bench.min_holds.until(cycle, bench.now), None);

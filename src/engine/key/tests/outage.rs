@@ -9,10 +9,10 @@ fn in_an_outage(bench: &mut Bench) -> ([WaiterId; 3], Cycle) {
     let mut wakers = 0..;
     let waiters = kinds.map(|in_outage| {
         let waker = wakers.next().unwrap();
-        let (id, seen) = bench.want_as(waker, WaiterOptions { in_outage, ..WANT });
+        let (id, seen) = bench.enqueue_as(waker, WaiterOptions { in_outage, ..OPTIONS });
         (id, seen)
     });
-    let cycle = waiters[0].1.asks().0;
+    let cycle = waiters[0].1.acquires().0;
     (waiters.map(|(id, _)| id), cycle)
 }
 
@@ -25,7 +25,7 @@ fn failed_after(outcome: Option<Outcome>) -> Duration {
 }
 
 #[test]
-fn waiters_bear_an_outage_for_as_long_as_each_wants_to() {
+fn each_waiter_tolerates_an_outage_up_to_its_own_limit() {
     let mut bench = Bench::new();
     let (ids, cycle) = in_an_outage(&mut bench);
     bench.pass(ms(5));
@@ -35,7 +35,7 @@ fn waiters_bear_an_outage_for_as_long_as_each_wants_to() {
     // The same cycle is retried, but not before the retry is due.
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(10));
-    assert_eq!(bench.tick().asks().0, cycle);
+    assert_eq!(bench.tick().acquires().0, cycle);
     // This request hangs. The outage counts from the first failed request, and the second waiter
     // tolerates one second of it.
     bench.pass(ms(985));
@@ -47,14 +47,14 @@ fn waiters_bear_an_outage_for_as_long_as_each_wants_to() {
     assert_eq!(bench.failed(cycle), NOTHING);
     // The remaining waiter has no limit in the queue.
     bench.pass(ms(60_000));
-    assert_eq!(bench.tick().asks().0, cycle);
+    assert_eq!(bench.tick().acquires().0, cycle);
     bench.reply(cycle, granted(1, 64));
     assert!(bench.guard(ids[2]).lease.loss_at(bench.now).is_none());
-    assert!(bench.queue.trouble().is_none());
+    assert!(bench.queue.outage().is_none());
 }
 
 #[test]
-fn what_becomes_due_in_an_outage_is_looked_at_in_time() {
+fn next_deadline_in_an_outage_is_the_retry_or_the_end_of_patience() {
     let mut bench = Bench::new();
     let (_, cycle) = in_an_outage(&mut bench);
     bench.failed(cycle);
@@ -65,7 +65,7 @@ fn what_becomes_due_in_an_outage_is_looked_at_in_time() {
         "{retry_at:?}"
     );
     bench.now = retry_at;
-    bench.tick().asks();
+    bench.tick().acquires();
     // During the retry, the second waiter may run out of patience.
     let deadline = bench.queue.next_deadline().unwrap();
     assert!(deadline >= at(2_000) && deadline <= at(2_000) + grid, "{deadline:?}");
@@ -83,20 +83,20 @@ fn the_last_waiter_that_leaves_in_an_outage_leaves_nothing() {
 }
 
 #[test]
-fn who_comes_during_an_outage_waits_or_is_told_at_once() {
+fn task_that_arrives_during_an_outage_waits_or_fails_at_once() {
     let mut bench = Bench::new();
     let (_, cycle) = in_an_outage(&mut bench);
     bench.failed(cycle);
-    let (id, seen) = bench.want_as(7, WANT);
+    let (id, seen) = bench.enqueue_as(7, OPTIONS);
     assert_eq!((seen.request, seen.woken), (None, vec![7]));
     assert_eq!(failed_after(bench.collect(id)), Duration::ZERO);
     let patient = WaiterOptions {
         in_outage: InOutage::UntilStoreTimeout,
-        ..WANT
+        ..OPTIONS
     };
     bench.pass(ms(900));
-    let (late, _) = bench.want_as(8, patient);
-    bench.tick().asks();
+    let (late, _) = bench.enqueue_as(8, patient);
+    bench.tick().acquires();
     bench.failed(cycle);
     bench.pass(ms(100));
     assert_eq!(bench.tick().woken, [1], "the later waiter fails later");
@@ -106,23 +106,23 @@ fn who_comes_during_an_outage_waits_or_is_told_at_once() {
 /// The request may have been executed: its cycle is queued or has the lease, and its enqueue mark
 /// is unknown.
 #[test]
-fn a_push_during_an_outage_makes_the_queue_ask_and_is_not_believed() {
+fn push_during_an_outage_causes_a_request_and_is_not_trusted() {
     for push in 0..3 {
         let mut bench = Bench::new();
         let (_, cycle) = in_an_outage(&mut bench);
         bench.failed(cycle);
         let seen = match push {
             0 => bench.grant(grant(cycle, 5, 5)),
-            1 => bench.turn(cycle),
+            1 => bench.your_turn(cycle),
             _ => bench.resubscribed(),
         };
-        assert_eq!((seen.asks().0, seen.abandoned), (cycle, vec![]));
+        assert_eq!((seen.acquires().0, seen.abandoned), (cycle, vec![]));
         assert!(!bench.queue.holds());
     }
 }
 
 #[test]
-fn a_refusal_is_no_outage_and_fails_all() {
+fn refusal_is_not_an_outage_and_fails_all_waiters() {
     let mut bench = Bench::new();
     let (_, cycle) = in_an_outage(&mut bench);
     let seen = bench

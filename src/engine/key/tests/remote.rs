@@ -3,10 +3,10 @@
 use super::*;
 
 #[test]
-fn a_grant_lets_the_first_waiter_enter_at_once_counted_from_the_request() {
+fn grant_serves_the_first_waiter_with_validity_counted_from_the_request() {
     let mut bench = Bench::new();
     let asked_at = bench.now;
-    let (id, cycle) = bench.stand_in_queue(10);
+    let (id, cycle) = bench.join_store_queue(10);
     bench.pass(ms(300));
     let seen = bench.grant(grant(cycle, 11, 12));
     assert_eq!((seen.woken, seen.request), (vec![0], None));
@@ -17,23 +17,23 @@ fn a_grant_lets_the_first_waiter_enter_at_once_counted_from_the_request() {
 }
 
 #[test]
-fn rule_1_a_grant_for_another_cycle_is_given_back() {
+fn rule_1_grant_for_another_cycle_is_released() {
     let mut bench = Bench::new();
     let stale = Cycle::of(99);
     assert_eq!(bench.grant(grant(stale, 1, 1)).abandoned, [stale], "no task wants it");
-    let (id, _) = bench.stand_in_queue(10);
+    let (id, _) = bench.join_store_queue(10);
     assert_eq!(bench.grant(grant(stale, 11, 11)).abandoned, [stale]);
     assert!(!bench.queue.is_settled(id));
 }
 
 #[test]
-fn rule_2_an_old_grant_that_ran_out_is_ignored() {
+fn rule_2_expired_grant_is_ignored() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
+    let (id, cycle) = bench.join_store_queue(10);
     // It was granted tokens 11 and 12, but the push was slow. The lease expired, and the key has
     // another owner.
     bench.pass(ms(502));
-    assert_eq!(bench.tick().asks(), (cycle, AcquireKind::Enqueue, 1));
+    assert_eq!(bench.tick().acquires(), (cycle, AcquireKind::Enqueue, 1));
     assert_eq!(bench.reply(cycle, queued(13)), NOTHING);
     assert_eq!(bench.grant(grant(cycle, 11, 12)), NOTHING);
     assert!(!bench.queue.is_settled(id));
@@ -44,7 +44,7 @@ fn rule_2_an_old_grant_that_ran_out_is_ignored() {
 #[test]
 fn grant_of_the_largest_number_is_ignored() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
+    let (id, cycle) = bench.join_store_queue(10);
     let forged = Grant {
         tokens: TokenBlock::ending_at(u64::MAX, 64),
         ..grant(cycle, 11, 12)
@@ -55,12 +55,12 @@ fn grant_of_the_largest_number_is_ignored() {
 }
 
 #[test]
-fn rule_3_a_late_grant_is_asked_about() {
+fn rule_3_late_grant_is_confirmed_by_a_request() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
+    let (id, cycle) = bench.join_store_queue(10);
     bench.pass(TTL / 2);
     assert_eq!(
-        bench.grant(grant(cycle, 11, 12)).asks(),
+        bench.grant(grant(cycle, 11, 12)).acquires(),
         (cycle, AcquireKind::Enqueue, 1)
     );
     assert!(!bench.queue.is_settled(id));
@@ -75,13 +75,13 @@ fn rule_3_a_late_grant_is_asked_about() {
 #[test]
 fn a_grant_that_overtakes_the_queued_reply_waits_for_it() {
     let mut bench = Bench::new();
-    let want = WaiterOptions {
+    let options = WaiterOptions {
         contended_hint: true,
-        ..WANT
+        ..OPTIONS
     };
     for (mark, enters) in [(10, true), (11, false)] {
-        let (id, seen) = bench.want_as(0, want);
-        let cycle = seen.asks().0;
+        let (id, seen) = bench.enqueue_as(0, options);
+        let cycle = seen.acquires().0;
         assert_eq!(bench.grant(grant(cycle, 11, 11)), NOTHING);
         bench.reply(cycle, queued(mark));
         assert_eq!(bench.queue.is_settled(id), enters, "mark {mark}");
@@ -92,11 +92,11 @@ fn a_grant_that_overtakes_the_queued_reply_waits_for_it() {
 }
 
 #[test]
-fn of_two_grants_that_overtook_the_reply_the_later_counts() {
+fn later_of_two_grants_that_overtook_the_reply_counts() {
     for tokens in [[15, 11], [11, 15]] {
         let mut bench = Bench::new();
-        let (id, seen) = bench.want(0);
-        let cycle = seen.asks().0;
+        let (id, seen) = bench.enqueue(0);
+        let cycle = seen.acquires().0;
         for token in tokens {
             bench.grant(grant(cycle, token, token));
         }
@@ -107,9 +107,9 @@ fn of_two_grants_that_overtook_the_reply_the_later_counts() {
 }
 
 #[test]
-fn who_waits_asks_again_when_the_owners_lease_has_run_out() {
+fn waiter_retries_when_the_owners_lease_has_expired() {
     let mut bench = Bench::new();
-    let (_, cycle) = bench.stand_in_queue(10);
+    let (_, cycle) = bench.join_store_queue(10);
     assert_eq!(
         bench.queue.next_deadline(),
         Some(bench.now + ms(502)),
@@ -118,12 +118,12 @@ fn who_waits_asks_again_when_the_owners_lease_has_run_out() {
     bench.pass(ms(501));
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(1));
-    assert_eq!(bench.tick().asks(), (cycle, AcquireKind::Enqueue, 1));
+    assert_eq!(bench.tick().acquires(), (cycle, AcquireKind::Enqueue, 1));
     assert_eq!(bench.tick(), NOTHING, "one request at a time");
 }
 
 #[test]
-fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
+fn waiters_further_back_retry_later_and_foreign_owners_cause_more_retries() {
     for (owner_ttl, owner_foreign, ahead, look_in) in [
         (Some(ms(5_000)), false, 0, 5_002),
         (Some(ms(5_000)), false, 9, 5_020),
@@ -134,7 +134,7 @@ fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
         (None, true, 100, 10_202),
     ] {
         let mut bench = Bench::new();
-        let cycle = bench.want(0).1.asks().0;
+        let cycle = bench.enqueue(0).1.acquires().0;
         let position = QueuePosition {
             enqueue_token: 1,
             owner_ttl,
@@ -152,34 +152,37 @@ fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
 }
 
 #[test]
-fn after_a_new_subscription_whoever_waits_asks_again() {
+fn waiter_retries_after_a_new_subscription() {
     let mut bench = Bench::new();
     assert_eq!(bench.resubscribed(), NOTHING, "there is no waiter");
-    let (_, cycle) = bench.stand_in_queue(10);
-    assert_eq!(bench.resubscribed().asks(), (cycle, AcquireKind::Enqueue, 1));
+    let (_, cycle) = bench.join_store_queue(10);
+    assert_eq!(bench.resubscribed().acquires(), (cycle, AcquireKind::Enqueue, 1));
 }
 
 #[test]
-fn a_queued_reply_to_what_was_asked_before_a_new_subscription_is_not_trusted() {
+fn queued_reply_to_a_request_from_before_a_subscription_is_not_trusted() {
     let mut bench = Bench::new();
-    let cycle = bench.want(0).1.asks().0;
+    let cycle = bench.enqueue(0).1.acquires().0;
     assert_eq!(bench.resubscribed(), NOTHING);
-    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, AcquireKind::Enqueue, 1));
+    assert_eq!(
+        bench.reply(cycle, queued(10)).acquires(),
+        (cycle, AcquireKind::Enqueue, 1)
+    );
     assert_eq!(bench.reply(cycle, queued(11)), NOTHING);
 }
 
 #[test]
-fn at_its_turn_a_queued_cycle_asks_again_and_only_the_reply_lets_it_enter() {
+fn notified_cycle_sends_a_request_and_only_its_reply_grants_the_lease() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
+    let (id, cycle) = bench.join_store_queue(10);
     bench.pass(ms(300));
-    let seen = bench.turn(cycle);
+    let seen = bench.your_turn(cycle);
     assert_eq!(
-        (seen.asks(), &seen.woken[..]),
+        (seen.acquires(), &seen.woken[..]),
         ((cycle, AcquireKind::Enqueue, 1), &[][..])
     );
     assert!(!bench.queue.is_settled(id));
-    assert_eq!(bench.turn(cycle), NOTHING, "one request at a time");
+    assert_eq!(bench.your_turn(cycle), NOTHING, "one request at a time");
     let sent_at = bench.now;
     bench.pass(ms(10));
     assert_eq!(bench.reply_to(sent_at, cycle, extended(11, 11)).woken, [0]);
@@ -189,29 +192,32 @@ fn at_its_turn_a_queued_cycle_asks_again_and_only_the_reply_lets_it_enter() {
 }
 
 #[test]
-fn a_turn_that_overtakes_the_queued_reply_is_not_forgotten() {
+fn notification_that_overtakes_the_queued_reply_is_not_forgotten() {
     let mut bench = Bench::new();
-    let cycle = bench.want(0).1.asks().0;
-    assert_eq!(bench.turn(cycle), NOTHING);
-    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, AcquireKind::Enqueue, 1));
+    let cycle = bench.enqueue(0).1.acquires().0;
+    assert_eq!(bench.your_turn(cycle), NOTHING);
+    assert_eq!(
+        bench.reply(cycle, queued(10)).acquires(),
+        (cycle, AcquireKind::Enqueue, 1)
+    );
     assert_eq!(bench.reply(cycle, queued(11)), NOTHING, "the turn counts once");
 }
 
 #[test]
-fn a_turn_whose_reply_says_queued_goes_on_waiting() {
+fn notified_cycle_whose_reply_is_queued_continues_to_wait() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
-    bench.turn(cycle);
+    let (id, cycle) = bench.join_store_queue(10);
+    bench.your_turn(cycle);
     assert_eq!(bench.reply(cycle, queued(12)), NOTHING);
     assert!(!bench.queue.is_settled(id));
     assert_eq!(bench.grant(grant(cycle, 13, 13)).woken, [0]);
 }
 
 #[test]
-fn a_turn_whose_request_fails_is_told_and_cleaned_up() {
+fn failed_request_of_a_notified_cycle_is_reported_and_cleaned_up() {
     let mut bench = Bench::new();
-    let (id, cycle) = bench.stand_in_queue(10);
-    bench.turn(cycle);
+    let (id, cycle) = bench.join_store_queue(10);
+    bench.your_turn(cycle);
     let seen = bench.failed(cycle);
     assert_eq!((seen.abandoned, seen.woken), (vec![cycle], vec![0]));
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(_))));
@@ -219,36 +225,36 @@ fn a_turn_whose_request_fails_is_told_and_cleaned_up() {
 }
 
 #[test]
-fn the_turn_of_a_cycle_that_is_over_is_given_back() {
+fn old_cycle_that_is_notified_is_released() {
     let mut bench = Bench::new();
     let stale = Cycle::of(99);
-    assert_eq!(bench.turn(stale).abandoned, [stale], "no task wants it");
-    let (id, cycle) = bench.stand_in_queue(10);
-    assert_eq!(bench.turn(stale).abandoned, [stale]);
+    assert_eq!(bench.your_turn(stale).abandoned, [stale], "no task wants it");
+    let (id, cycle) = bench.join_store_queue(10);
+    assert_eq!(bench.your_turn(stale).abandoned, [stale]);
     assert!(!bench.queue.is_settled(id));
     // A release is already in flight and does the same.
     assert_eq!(bench.give_up(id).releases(), (cycle, None));
-    assert_eq!(bench.turn(cycle), NOTHING);
+    assert_eq!(bench.your_turn(cycle), NOTHING);
 }
 
 #[test]
-fn a_turn_of_what_is_held_changes_nothing() {
+fn notification_of_a_held_cycle_changes_nothing() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
-    assert_eq!(bench.turn(guard.lease.cycle), NOTHING);
+    assert_eq!(bench.your_turn(guard.lease.cycle), NOTHING);
     assert!(bench.release(&guard).0);
 }
 
 #[test]
-fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
+fn reply_later_than_the_end_of_its_lease_grants_no_guard() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want(0);
-    let cycle = seen.asks().0;
+    let (id, seen) = bench.enqueue(0);
+    let cycle = seen.acquires().0;
     for _ in 0..2 {
         let sent_at = bench.now;
         bench.pass(TTL - DRIFT);
         assert_eq!(
-            bench.reply_to(sent_at, cycle, granted(1, 1)).asks().1,
+            bench.reply_to(sent_at, cycle, granted(1, 1)).acquires().1,
             AcquireKind::Enqueue
         );
     }
@@ -265,12 +271,15 @@ fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
 #[test]
 fn a_try_whose_reply_comes_too_late_stays_a_try() {
     let mut bench = Bench::new();
-    let want = WaiterOptions { try_only: true, ..WANT };
-    let cycle = bench.want_as(0, want).1.asks().0;
+    let options = WaiterOptions {
+        try_only: true,
+        ..OPTIONS
+    };
+    let cycle = bench.enqueue_as(0, options).1.acquires().0;
     let sent_at = bench.now;
     bench.pass(TTL);
     assert_eq!(
-        bench.reply_to(sent_at, cycle, granted(1, 1)).asks(),
+        bench.reply_to(sent_at, cycle, granted(1, 1)).acquires(),
         (cycle, AcquireKind::Try, 1)
     );
 }
@@ -283,5 +292,5 @@ fn a_reply_that_nobody_waits_for_is_cleaned_up() {
     assert_eq!(bench.reply(old, queued(1)).abandoned, [old]);
     assert_eq!(bench.reply(old, AcquireReply::Busy), NOTHING);
     assert_eq!(bench.reply(old, AcquireReply::Taken), NOTHING);
-    assert_eq!(bench.released_remotely(old, None), NOTHING);
+    assert_eq!(bench.reply_to_release(old, None), NOTHING);
 }

@@ -7,8 +7,8 @@ use super::*;
 fn turn_with(waiting: u32, tokens: u64) -> (Bench, Granted, std::vec::IntoIter<WaiterId>) {
     let mut bench = Bench::new();
     bench.rules.max_burst = u32::MAX;
-    let (id, cycle) = bench.stand_in_queue(10);
-    let ids: Vec<_> = (1..=waiting).map(|waker| bench.want(waker).0).collect();
+    let (id, cycle) = bench.join_store_queue(10);
+    let ids: Vec<_> = (1..=waiting).map(|waker| bench.enqueue(waker).0).collect();
     bench.pass(ms(1));
     assert_eq!(bench.grant(grant(cycle, 11, 10 + tokens)).woken, [0]);
     bench.pass(ms(1));
@@ -17,25 +17,28 @@ fn turn_with(waiting: u32, tokens: u64) -> (Bench, Granted, std::vec::IntoIter<W
 }
 
 #[test]
-fn turn_serves_those_who_waited_when_it_began_and_none_that_came_later() {
+fn turn_serves_tasks_that_waited_when_it_began_and_none_that_came_later() {
     let (mut bench, mut guard, ids) = turn_with(3, 64);
     let cycle = guard.lease.cycle;
     let mut newcomers = Vec::new();
     for id in ids {
-        newcomers.push(bench.want(10).0);
+        newcomers.push(bench.enqueue(10).0);
         assert_eq!(bench.release_held(&guard).request, None);
         guard = bench.guard(id);
     }
-    newcomers.push(bench.want(10).0);
+    newcomers.push(bench.enqueue(10).0);
     let seen = bench.release_held(&guard);
     let (released, next) = seen.releases();
     assert_eq!((released, &seen.woken[..]), (cycle, &[][..]));
-    assert_eq!((bench.told.served, bench.told.yielded), (Some(4), Some(Bound::Gate)));
+    assert_eq!(
+        (bench.reported.served, bench.reported.yielded),
+        (Some(4), Some(Bound::Gate))
+    );
 
     // The next turn serves the newcomers, in order.
     let next = next.unwrap();
     bench.pass(ms(1));
-    bench.released_remotely(cycle, Some(queued(90)));
+    bench.reply_to_release(cycle, Some(queued(90)));
     bench.pass(ms(1));
     bench.grant(grant(next, 91, 154));
     for id in newcomers {
@@ -43,56 +46,56 @@ fn turn_serves_those_who_waited_when_it_began_and_none_that_came_later() {
         assert_eq!(guard.lease.cycle, next);
         bench.release_held(&guard);
     }
-    assert_eq!(bench.told.yielded, None, "no task was left");
+    assert_eq!(bench.reported.yielded, None, "no task was left");
 }
 
 /// A task that has just released the lock asks again. Its request counts as any other newcomer.
 #[test]
-fn task_that_asks_again_waits_for_the_next_turn() {
+fn task_that_requests_again_waits_for_the_next_turn() {
     let (mut bench, first, mut ids) = turn_with(1, 64);
     bench.release_held(&first);
     bench.pass(ms(1));
-    bench.want(0);
+    bench.enqueue(0);
     let second = bench.guard(ids.next().unwrap());
     assert!(bench.release_held(&second).releases().1.is_some());
 }
 
 #[test]
 fn turn_begins_when_a_remote_waiter_is_known() {
-    for how in ["wanted", "renewal", "extension", "reply"] {
+    for how in ["push", "renewal", "extension", "reply"] {
         let mut bench = Bench::new();
         bench.rules.max_burst = u32::MAX;
-        let rivals = |first, extended| AcquireReply::Granted {
+        let remote_waiters = |first, extended| AcquireReply::Granted {
             tokens: tokens(first, first + 63),
             queued: 3,
             extended,
         };
-        let (first, seen) = bench.want(0);
-        let cycle = seen.asks().0;
+        let (first, seen) = bench.enqueue(0);
+        let cycle = seen.acquires().0;
         // Before that, it serves all that come.
         if how != "reply" {
             bench.reply(cycle, granted(1, 64));
         }
-        let included = bench.want(1).0;
+        let included = bench.enqueue(1).0;
         bench.pass(ms(1));
         match how {
-            "wanted" => assert_eq!(bench.wanted(cycle), NOTHING),
+            "push" => assert_eq!(bench.remote_waiter(cycle), NOTHING),
             "renewal" => {
-                let reply = RenewReply::Extended { wanted: true };
+                let reply = RenewReply::Extended { has_waiters: true };
                 bench.renewed(cycle, bench.now, Some(reply));
             }
             "extension" => {
                 bench.pass(ms(800));
                 let guard = bench.guard(first);
-                bench.release_held(&guard).asks();
-                bench.reply(cycle, rivals(100, true));
+                bench.release_held(&guard).acquires();
+                bench.reply(cycle, remote_waiters(100, true));
             }
             _ => {
-                bench.reply(cycle, rivals(1, false));
+                bench.reply(cycle, remote_waiters(1, false));
             }
         }
         bench.pass(ms(1));
-        bench.want(2);
+        bench.enqueue(2);
         if how != "extension" {
             let guard = bench.guard(first);
             assert_eq!(bench.release_held(&guard).woken, [1], "{how}");
@@ -100,23 +103,23 @@ fn turn_begins_when_a_remote_waiter_is_known() {
         let guard = bench.guard(included);
         let seen = bench.release_held(&guard);
         assert_eq!(seen.releases().0, cycle, "{how}");
-        assert_eq!(bench.told.yielded, Some(Bound::Gate), "{how}");
+        assert_eq!(bench.reported.yielded, Some(Bound::Gate), "{how}");
     }
 }
 
 #[test]
-fn slice_ends_a_turn_early_and_those_left_are_first_in_the_next_one() {
+fn slice_ends_a_turn_early_and_the_tasks_left_are_first_in_the_next_one() {
     let (mut bench, guard, mut ids) = turn_with(2, 64);
     bench.rules.max_slice = ms(10);
     let cycle = guard.lease.cycle;
-    let newcomer = bench.want(3).0;
+    let newcomer = bench.enqueue(3).0;
     bench.pass(ms(8));
     bench.release_held(&guard);
     let guard = bench.guard(ids.next().unwrap());
     bench.pass(ms(1));
     let next = bench.release_held(&guard).releases().1.unwrap();
-    assert_eq!(bench.told.yielded, Some(Bound::Slice));
-    bench.released_remotely(cycle, Some(queued(90)));
+    assert_eq!(bench.reported.yielded, Some(Bound::Slice));
+    bench.reply_to_release(cycle, Some(queued(90)));
     bench.pass(ms(1));
     assert_eq!(bench.grant(grant(next, 91, 154)).woken, [2]);
     let guard = bench.guard(ids.next().unwrap());
@@ -125,14 +128,14 @@ fn slice_ends_a_turn_early_and_those_left_are_first_in_the_next_one() {
 }
 
 #[test]
-fn turn_ends_when_those_that_are_left_gave_up() {
+fn turn_ends_when_its_remaining_waiters_gave_up() {
     let (mut bench, guard, ids) = turn_with(2, 64);
-    bench.want(3);
+    bench.enqueue(3);
     for id in ids {
         assert_eq!(bench.give_up(id), NOTHING);
     }
     assert!(bench.release_held(&guard).releases().1.is_some());
-    assert_eq!(bench.told.yielded, Some(Bound::Gate));
+    assert_eq!(bench.reported.yielded, Some(Bound::Gate));
 }
 
 /// The guard was lost before its task collected it. The task has waited since it asked.
@@ -142,8 +145,8 @@ fn waiter_that_lost_its_guard_uncollected_keeps_its_place_in_the_next_turn() {
     bench.release_held(&guard);
     let id = ids.next().unwrap();
     bench.pass(TTL);
-    let next = bench.tick().asks().0;
-    bench.want(2);
+    let next = bench.tick().acquires().0;
+    bench.enqueue(2);
     bench.pass(ms(1));
     bench.reply(next, granted(100, 163));
     let guard = bench.guard(id);
@@ -155,7 +158,7 @@ fn turn_whose_tokens_suffice_requests_no_more() {
     let (mut bench, mut guard, ids) = turn_with(63, 64);
     for id in ids {
         // Newcomers need none of these tokens.
-        bench.want(100);
+        bench.enqueue(100);
         assert_eq!(bench.release_held(&guard).request, None);
         guard = bench.guard(id);
     }
@@ -172,7 +175,7 @@ fn turn_that_needs_more_tokens_than_its_grant_has_requests_them_once() {
     let mut requests = Vec::new();
     let mut last = guard.token;
     for (number, id) in ids.enumerate() {
-        bench.want(1_000);
+        bench.enqueue(1_000);
         let seen = bench.release_held(&guard);
         assert_eq!(seen.woken, [number as u32 + 1], "no task waits for tokens");
         requests.extend(seen.request);
@@ -204,7 +207,7 @@ fn turn_that_ends_during_its_extension_is_passed_on_after_the_reply() {
         NOTHING,
         "more tokens are requested since the grant"
     );
-    let newcomer = bench.want(9).0;
+    let newcomer = bench.enqueue(9).0;
     for id in ids.by_ref() {
         bench.give_up(id);
     }
@@ -223,7 +226,7 @@ fn release_reserves_a_block_of_a_fixed_size_for_the_next_owner() {
     for max_burst in [1, 10_000, u32::MAX] {
         let (mut bench, guard, _) = turn_with(1, 64);
         bench.rules.max_burst = max_burst;
-        bench.want(2);
+        bench.enqueue(2);
         bench.rules.max_slice = Duration::ZERO;
         let Some(Request::Release { tokens, .. }) = bench.release_held(&guard).request else {
             panic!("no release");
@@ -235,7 +238,7 @@ fn release_reserves_a_block_of_a_fixed_size_for_the_next_owner() {
 /// Two managers with forty tasks and one, each of which asks again at once. In the rounds of the
 /// store's queue every task is served once.
 #[test]
-fn share_of_a_manager_grows_with_its_line() {
+fn share_of_a_manager_grows_with_its_number_of_tasks() {
     const TASKS: u32 = 40;
     let (mut bench, mut guard, ids) = turn_with(TASKS - 1, 64);
     let mut line: std::collections::VecDeque<_> = ids.collect();
@@ -245,7 +248,7 @@ fn share_of_a_manager_grows_with_its_line() {
             // The task that asked first is granted first, and asks again.
             let seen = bench.release_held(&guard);
             assert_eq!(seen.request.is_some(), left == 0, "round {round}, {left} left");
-            line.push_back(bench.want(left).0);
+            line.push_back(bench.enqueue(left).0);
             if left > 0 {
                 guard = bench.guard(line.pop_front().unwrap());
                 continue;
@@ -256,7 +259,7 @@ fn share_of_a_manager_grows_with_its_line() {
             };
             let next = requeue.unwrap();
             let first = 1_000 * (round + 1);
-            bench.released_remotely(cycle, Some(queued(first)));
+            bench.reply_to_release(cycle, Some(queued(first)));
             bench.pass(ms(1));
             bench.grant(grant(next, first + 1, first + 64));
             guard = bench.guard(line.pop_front().unwrap());

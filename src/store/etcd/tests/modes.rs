@@ -17,12 +17,12 @@ impl Bench {
         }
     }
 
-    async fn ask(&self, store: &EtcdStore, cycle: Cycle) -> AcquireReply {
+    async fn enqueue(&self, store: &EtcdStore, cycle: Cycle) -> AcquireReply {
         let request = self.acquire_in(cycle, AcquireKind::Enqueue);
         store.acquire(request).await.unwrap().reply
     }
 
-    async fn give_back(&self, store: &EtcdStore, cycle: Cycle) -> bool {
+    async fn release_cycle(&self, store: &EtcdStore, cycle: Cycle) -> bool {
         let release = Release {
             cycle,
             ..self.release(0, None)
@@ -30,14 +30,14 @@ impl Bench {
         store.release(Priority::Foreground, release).await.unwrap().reply.held
     }
 
-    fn turn(&self, cycle: Cycle) -> Push {
+    fn your_turn(&self, cycle: Cycle) -> Push {
         Push::YourTurn {
             key: self.key.clone(),
             cycle,
         }
     }
 
-    fn wanted(&self, cycle: Cycle) -> Push {
+    fn remote_waiter(&self, cycle: Cycle) -> Push {
         Push::RemoteWaiter {
             key: self.key.clone(),
             cycle,
@@ -54,7 +54,7 @@ fn is_queued(reply: AcquireReply, ahead: u64) {
 }
 
 #[tokio::test]
-async fn shared_holders_are_told_of_a_writer_and_the_writer_of_the_last_of_them() {
+async fn readers_are_notified_of_a_writer_and_the_writer_of_the_last_release() {
     let bench = Bench::new().await;
     let (one, mut ones) = bench.store(1);
     let (two, mut twos) = bench.store(2);
@@ -63,20 +63,20 @@ async fn shared_holders_are_told_of_a_writer_and_the_writer_of_the_last_of_them(
         assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     }
     let (reader, writer, late) = (cycle(2, SHARED), cycle(3, LockMode::Exclusive), cycle(5, SHARED));
-    let (first, last, _) = tokens(bench.ask(&one, reader).await);
-    let (second, ..) = tokens(bench.ask(&two, reader).await);
+    let (first, last, _) = tokens(bench.enqueue(&one, reader).await);
+    let (second, ..) = tokens(bench.enqueue(&two, reader).await);
     assert!(second > last && first < second);
-    is_queued(bench.ask(&three, writer).await, 1);
-    assert_eq!(ones.recv().await, Some(bench.wanted(reader)));
-    assert_eq!(twos.recv().await, Some(bench.wanted(reader)));
+    is_queued(bench.enqueue(&three, writer).await, 1);
+    assert_eq!(ones.recv().await, Some(bench.remote_waiter(reader)));
+    assert_eq!(twos.recv().await, Some(bench.remote_waiter(reader)));
     // A reader does not pass the writer, not even one of a manager that reads.
-    is_queued(bench.ask(&one, late).await, 2);
+    is_queued(bench.enqueue(&one, late).await, 2);
     let renewal = Renewal {
         key: bench.key.clone(),
         cycle: reader,
         ttl: TTL,
     };
-    let extended = [Some(RenewReply::Extended { wanted: true })];
+    let extended = [Some(RenewReply::Extended { has_waiters: true })];
     assert_eq!(two.renew(vec![renewal.clone()], TTL).await.unwrap(), extended);
     let state = two.inspect(bench.key.clone()).await.unwrap();
     assert_eq!((state.holder, state.holder_count, state.queue_length), (None, 2, 2));
@@ -88,23 +88,23 @@ async fn shared_holders_are_told_of_a_writer_and_the_writer_of_the_last_of_them(
     );
     assert!(state.queue[0].contains(":3-") && state.queue[1].ends_with("-s"));
 
-    assert!(bench.give_back(&one, reader).await);
+    assert!(bench.release_cycle(&one, reader).await);
     assert_eq!(two.renew(vec![renewal.clone()], TTL).await.unwrap(), extended);
-    assert!(bench.give_back(&two, reader).await);
-    assert!(!bench.give_back(&two, reader).await);
-    assert_eq!(threes.recv().await, Some(bench.turn(writer)));
-    let (highest, ..) = tokens(bench.ask(&three, writer).await);
+    assert!(bench.release_cycle(&two, reader).await);
+    assert!(!bench.release_cycle(&two, reader).await);
+    assert_eq!(threes.recv().await, Some(bench.your_turn(writer)));
+    let (highest, ..) = tokens(bench.enqueue(&three, writer).await);
     assert!(highest > second);
-    is_queued(bench.ask(&one, late).await, 1);
-    assert!(bench.give_back(&three, writer).await);
-    assert_eq!(ones.recv().await, Some(bench.turn(late)));
-    assert!(tokens(bench.ask(&one, late).await).0 > highest);
+    is_queued(bench.enqueue(&one, late).await, 1);
+    assert!(bench.release_cycle(&three, writer).await);
+    assert_eq!(ones.recv().await, Some(bench.your_turn(late)));
+    assert!(tokens(bench.enqueue(&one, late).await).0 > highest);
     let renewed = two.renew(vec![renewal], TTL).await.unwrap();
     assert_eq!(renewed, [Some(RenewReply::NotOurs)]);
 }
 
 #[tokio::test]
-async fn who_waits_for_permits_is_told_when_there_are_enough() {
+async fn permit_waiter_is_notified_when_enough_permits_are_free() {
     let bench = Bench::new().await;
     let (ours, _pushes) = bench.store(1);
     let (theirs, mut pushes) = bench.store(2);
@@ -112,39 +112,39 @@ async fn who_waits_for_permits_is_told_when_there_are_enough() {
     let permits = |number, weight| cycle(number, LockMode::Permits { weight, limit: 4 });
     let held = [permits(3, 1), permits(5, 2), permits(7, 1)];
     for cycle in held {
-        tokens(bench.ask(&ours, cycle).await);
+        tokens(bench.enqueue(&ours, cycle).await);
     }
     let (many, few) = (permits(9, 3), permits(11, 1));
-    is_queued(bench.ask(&theirs, many).await, 1);
-    is_queued(bench.ask(&theirs, few).await, 2);
+    is_queued(bench.enqueue(&theirs, many).await, 1);
+    is_queued(bench.enqueue(&theirs, few).await, 2);
     let state = theirs.inspect(bench.key.clone()).await.unwrap();
     assert_eq!(
         (state.permits_in_use, state.holder_count, state.queue_length),
         (4, 3, 2)
     );
-    assert!(bench.give_back(&ours, held[0]).await);
-    assert!(bench.give_back(&ours, held[1]).await);
-    assert_eq!(pushes.recv().await, Some(bench.turn(many)));
+    assert!(bench.release_cycle(&ours, held[0]).await);
+    assert!(bench.release_cycle(&ours, held[1]).await);
+    assert_eq!(pushes.recv().await, Some(bench.your_turn(many)));
     // The one behind it waits for the third release: the second was no news to it.
-    assert!(bench.give_back(&ours, held[2]).await);
-    assert_eq!(pushes.recv().await, Some(bench.turn(few)));
-    tokens(bench.ask(&theirs, few).await);
-    tokens(bench.ask(&theirs, many).await);
+    assert!(bench.release_cycle(&ours, held[2]).await);
+    assert_eq!(pushes.recv().await, Some(bench.your_turn(few)));
+    tokens(bench.enqueue(&theirs, few).await);
+    tokens(bench.enqueue(&theirs, many).await);
     assert!(pushes.try_recv().is_err());
 }
 
 #[tokio::test]
-async fn a_try_in_another_mode_takes_its_place_back() {
+async fn busy_try_in_another_mode_leaves_the_queue() {
     let bench = Bench::new().await;
     let (ours, _pushes) = bench.store(1);
     let (theirs, _others) = bench.store(2);
-    tokens(bench.ask(&ours, cycle(3, SHARED)).await);
+    tokens(bench.enqueue(&ours, cycle(3, SHARED)).await);
     let tried = theirs
         .acquire(bench.acquire_in(cycle(3, SHARED), AcquireKind::Try))
         .await
         .unwrap();
     tokens(tried.reply);
-    is_queued(bench.ask(&ours, cycle(5, LockMode::Exclusive)).await, 1);
+    is_queued(bench.enqueue(&ours, cycle(5, LockMode::Exclusive)).await, 1);
     let late = bench.acquire_in(cycle(7, SHARED), AcquireKind::Try);
     assert_eq!(theirs.acquire(late.clone()).await.unwrap().reply, AcquireReply::Busy);
     // The queue has changed since the try looked: its lease shows that it may have a place.
@@ -156,12 +156,12 @@ async fn a_try_in_another_mode_takes_its_place_back() {
 }
 
 #[tokio::test]
-async fn a_requeue_in_another_mode_waits_for_nobody_that_it_can_share_with() {
+async fn shared_requeue_does_not_wait_for_another_shared_holder() {
     let bench = Bench::new().await;
     let (ours, _pushes) = bench.store(1);
     let (theirs, _others) = bench.store(2);
-    tokens(bench.ask(&ours, cycle(3, SHARED)).await);
-    let (before, ..) = tokens(bench.ask(&theirs, cycle(3, SHARED)).await);
+    tokens(bench.enqueue(&ours, cycle(3, SHARED)).await);
+    let (before, ..) = tokens(bench.enqueue(&theirs, cycle(3, SHARED)).await);
     let release = Release {
         cycle: cycle(3, SHARED),
         requeue: Some(cycle(5, SHARED)),

@@ -47,7 +47,7 @@ pub(crate) struct MemoryCore {
 }
 
 /// How many waiting cycles get a message when a lease is retired.
-const TOLD_MAX: usize = 10;
+const NOTIFIED_MAX: usize = 10;
 
 /// The parameters of a request besides the key.
 #[derive(Debug, Clone, Copy)]
@@ -239,7 +239,7 @@ impl MemoryCore {
             owner: retired.to_owned(),
             ends: Some(lease.ends.map_or(until, |ends| ends.min(until))),
         };
-        let told: Vec<Member> = lock.queue.iter().take(TOLD_MAX).cloned().collect();
+        let told: Vec<Member> = lock.queue.iter().take(NOTIFIED_MAX).cloned().collect();
         for member in told {
             if let Some((manager, cycle)) = parse_owner_tag(&member.owner) {
                 self.notify(
@@ -262,7 +262,7 @@ impl MemoryCore {
         }
         self.extend(key, me, now + ttl);
         RenewReply::Extended {
-            wanted: self.queue_length(key) > 0,
+            has_waiters: self.queue_length(key) > 0,
         }
     }
 

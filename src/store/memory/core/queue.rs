@@ -139,7 +139,7 @@ impl MemoryCore {
         let owners = exclusive.chain(lock.holders.iter().map(|holder| holder.owner.as_str()));
         let told: Vec<(String, Cycle)> = owners
             .filter_map(parse_owner_tag)
-            .filter(|(_, cycle)| !cycle.expects_rivals())
+            .filter(|(_, cycle)| !cycle.expects_remote_waiters())
             .map(|(manager, cycle)| (manager.to_owned(), cycle))
             .collect();
         for (manager, cycle) in told {

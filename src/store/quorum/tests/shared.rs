@@ -217,7 +217,7 @@ async fn shared_lease_is_renewed_by_its_own_majority_and_restored() {
     bench.forget(2);
     assert_eq!(
         bench.renew_as(reader(3)).await,
-        Some(RenewReply::Extended { wanted: false })
+        Some(RenewReply::Extended { has_waiters: false })
     );
     bench.until_all_have(&[3]).await;
     // An extension is none if a majority may have had a writer meanwhile.

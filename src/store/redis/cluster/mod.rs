@@ -2,12 +2,13 @@
 //!
 //! # Implementation details
 //!
-//! Connections: each of the two lanes has its own command connections to every node that it sends
-//! requests to (`pool`). On the background thread, there is one more connection to each node on
-//! which a cycle waits, for subscriptions only (`subscriber`). All share one slot map (`topology`),
-//! which every redirection corrects. Requests that are not on the path of a lock borrow connections
-//! from small pools (`checked`), which are empty in a manager that sends none. The health probe
-//! that runs every few seconds (`health`) asks each primary on the background pool.
+//! Connections: each of the two kept pools (`caller`, `background`) has its own command connections
+//! to every node that it sends requests to (`pool`). On the background thread, there is one more
+//! connection to each node on which a cycle waits, for subscriptions only (`subscriber`). All share
+//! one slot map (`topology`), which every redirection corrects. Requests that are not on the path
+//! of a lock borrow connections from small pools (`checked`), which are empty in a manager that
+//! sends none. The health probe that runs every few seconds (`health`) asks each primary on the
+//! background pool.
 //!
 //! The client library's cluster connection is not used. It never reads the map again because a node
 //! is silent, so a primary that hangs is asked forever, even after its replica took over. While it
@@ -100,7 +101,7 @@ struct Shared {
     /// How long to wait for one node.
     patience: Duration,
     /// Set by an unanswered renewal, to have the map read.
-    map_is_doubted: AtomicBool,
+    map_is_stale: AtomicBool,
     metrics: Arc<ShardMetrics>,
     /// Set if replicas must acknowledge a lease before it counts.
     replica_ack: Option<ReplicaAck>,
@@ -136,7 +137,7 @@ impl ClusterStore {
             shard: options.shard,
             timeout: options.timeout,
             patience: (options.timeout / 2).min(PATIENCE_MAX),
-            map_is_doubted: AtomicBool::new(false),
+            map_is_stale: AtomicBool::new(false),
             metrics: options.metrics,
             replica_ack: ReplicaAck::new(options.min_replicas_acked, options.timeout),
             inbox_idle_seconds,
@@ -450,8 +451,8 @@ impl LeaseStore for ClusterStore {
                 // The lease is no longer ours.
                 repeated = node_reply.repeated;
             } else if request.nobody_waits && request.is_exclusive() {
-                let fill = |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
-                let node_reply = pool.script(&shared.scripts.release_free, slot, None, &fill).await?;
+                let fill = |command: &mut Cmd| shared.commands.fill_release_fast(command, &request.key, request.cycle);
+                let node_reply = pool.script(&shared.scripts.release_fast, slot, None, &fill).await?;
                 if node_reply.value == Value::Int(1) {
                     let reply = ReleaseReply {
                         held: true,

@@ -100,7 +100,7 @@ impl Node {
     }
 
     /// The same for the application's tasks: the driver runs on their runtime.
-    pub(super) fn at_home(mut self, runtimes: Option<Arc<Runtimes>>) -> Self {
+    pub(super) fn on_app_runtime(mut self, runtimes: Option<Arc<Runtimes>>) -> Self {
         self.runtimes = runtimes;
         self
     }

@@ -167,7 +167,7 @@ impl NodePool {
                     &shared.metrics,
                     &shared.topology,
                 );
-                node.map(|node| Arc::new(node.at_home(self.runtimes.clone())))
+                node.map(|node| Arc::new(node.on_app_runtime(self.runtimes.clone())))
             })
             .collect();
         let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is not a valid node address").into()))?;

@@ -73,7 +73,7 @@ pub(super) async fn renew(
                 }
                 Ok(Err(error)) => failed(pool, slot, group.len(), &error.to_string()),
                 Err(_) => {
-                    pool.shared.map_is_doubted.store(true, Ordering::Release);
+                    pool.shared.map_is_stale.store(true, Ordering::Release);
                     failed(pool, slot, group.len(), &format!("no answer within {limit:?}"));
                 }
             }

@@ -57,10 +57,10 @@ const PAUSE_MAX: Duration = Duration::from_millis(250);
 const CONFIRMED_WITHIN: Duration = Duration::from_millis(20);
 /// How often subscriptions are compared with the map, and after how many comparisons the map is
 /// read.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
-const MAP_EVERY_LOOKS: u32 = 4;
+const TICK_EVERY: Duration = Duration::from_millis(500);
+const MAP_EVERY_TICKS: u32 = 4;
 /// After how many comparisons each connection with subscriptions is checked.
-const CHECK_EVERY_LOOKS: u32 = 4;
+const CHECK_EVERY_TICKS: u32 = 4;
 
 /// See the module.
 pub(super) struct Subscriber {
@@ -144,9 +144,9 @@ pub(super) async fn run(
         checks: FuturesUnordered::new(),
         cut_off: 0,
     };
-    let mut looks = tokio::time::interval(LOOK_EVERY);
-    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut look = 0_u32;
+    let mut ticks = tokio::time::interval(TICK_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut tick = 0_u32;
     let mut reading: Option<BoxFuture<'static, ()>> = None;
     loop {
         let is_reading = reading.is_some();
@@ -168,15 +168,15 @@ pub(super) async fn run(
                 subscriber.compare();
                 Ok(())
             }
-            _ = looks.tick() => {
-                look = look.wrapping_add(1);
+            _ = ticks.tick() => {
+                tick = tick.wrapping_add(1);
                 subscriber.compare();
                 subscriber.give_up_idle();
-                if look.is_multiple_of(CHECK_EVERY_LOOKS) && subscriber.checks.is_empty() {
+                if tick.is_multiple_of(CHECK_EVERY_TICKS) && subscriber.checks.is_empty() {
                     subscriber.check();
                 }
-                let is_due = look.is_multiple_of(MAP_EVERY_LOOKS) && !subscriber.subscriptions.is_empty();
-                let is_wanted = subscriber.shared.map_is_doubted.swap(false, Ordering::AcqRel);
+                let is_due = tick.is_multiple_of(MAP_EVERY_TICKS) && !subscriber.subscriptions.is_empty();
+                let is_wanted = subscriber.shared.map_is_stale.swap(false, Ordering::AcqRel);
                 if (is_due || is_wanted) && reading.is_none() {
                     let (pool, version) = (Arc::clone(&subscriber.pool), subscriber.shared.topology.version());
                     reading = Some(Box::pin(async move {

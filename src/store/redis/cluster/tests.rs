@@ -87,7 +87,7 @@ async fn waiter_of_a_held_key(
 }
 
 #[tokio::test]
-async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() {
+async fn idle_inbox_is_dropped_and_its_waiters_are_notified_to_retry() {
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 1).await;
     // Acquiring a free key needs no inbox; waiting does.
@@ -109,7 +109,7 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
 }
 
 #[tokio::test]
-async fn an_inbox_at_a_node_that_a_map_left_out_is_made_again() {
+async fn inbox_at_a_node_missing_from_the_topology_is_opened_again() {
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 60).await;
     assert!(matches!(

@@ -13,7 +13,7 @@ use crate::key::{SLOTS, Slot};
 /// `host:port` of a node.
 pub(super) type Place = Arc<str>;
 
-/// The slot map, shared by both lanes and the inbox. It may be wrong at any time; a node that
+/// The slot map, shared by all pools and the inbox. It may be wrong at any time; a node that
 /// receives a request for a slot it does not own redirects the sender, which then corrects the map.
 pub(super) struct Topology {
     owners: RwLock<Box<[Option<Place>]>>,
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_read_whatever_the_nodes_say_of_their_hosts() {
+    fn slot_ranges_are_parsed_with_missing_or_unknown_hosts() {
         let range = |first, last, primary| Value::Array(vec![Value::Int(first), Value::Int(last), primary]);
         let reply = Value::Array(vec![
             range(0, 99, node(b"10.0.0.1", 1)),

@@ -28,7 +28,7 @@ impl Attempts {
         live: &Live,
         error: &RedisError,
     ) -> Result<(), StoreError> {
-        if link.is_ended_by(error, live) {
+        if link.close_if_broken(error, live) {
             self.count += 1;
             // A server that replied that it is not a primary has done nothing.
             self.may_have_released |= error.is_unrecoverable_error();

@@ -136,7 +136,7 @@ impl Borrowed {
                 }
             }
             Self::Kept(link, live) => {
-                link.is_ended_by(error, &live);
+                link.close_if_broken(error, &live);
             }
         }
         shared.discovery.to_store_error(error)

@@ -212,8 +212,8 @@ impl Dialer {
         let is_kept = self.purpose != Purpose::Pool;
         if is_kept && shared.vote.is_some() {
             greeting.cmd("INFO").arg("server");
-            // Nobody waits for a claim once the other nodes have decided, so it would not be resent
-            // by its source.
+            // A claim is dropped once the other nodes have decided. If its script were unknown,
+            // nobody would send it again with `EVAL`.
             for script in [&shared.scripts.claim, &shared.scripts.modes.claim] {
                 greeting.cmd("SCRIPT").arg("LOAD").arg(script.text());
             }
@@ -221,7 +221,7 @@ impl Dialer {
         // The last reply is checked separately.
         greeting.add_command(named(&shared.commands.manager, self.purpose));
         if is_kept {
-            greeting.add_command(needed_to_wait(shared.map.key()));
+            greeting.add_command(probe_zpopmin(shared.map.key()));
         }
         let asked_at = Moment::now();
         let replies = connection.send_packed_commands(&greeting, 0, greeting.len()).await;
@@ -244,7 +244,7 @@ impl Dialer {
         }
         let replies = shared.commands.permissions.without_errors(&greeting, replies);
         let replies = replies.map_err(|error| shared.discovery.to_store_error(&error))?;
-        popped.map_or(Ok(()), knows_what_is_needed_to_wait)?;
+        popped.map_or(Ok(()), check_zpopmin)?;
         let (time, stored) = match &replies[..] {
             [_, time, stored, ..] => (server_time(time), stored),
             _ => (None, &Value::Nil),
@@ -275,7 +275,7 @@ impl Dialer {
 
 /// The newest command that the scripts need, which they call only if a cycle waits. Pops zero
 /// members from a queue that never exists.
-fn needed_to_wait(map_key: &str) -> Cmd {
+fn probe_zpopmin(map_key: &str) -> Cmd {
     let mut pop = cmd("ZPOPMIN");
     pop.arg(format!("{{{map_key}}}:q")).arg(0);
     pop
@@ -293,7 +293,7 @@ fn is_unknown_command(error: &RedisError) -> bool {
 
 /// Fails if the server lacks `ZPOPMIN`, which would otherwise go unnoticed until the first
 /// hand-off.
-fn knows_what_is_needed_to_wait(popped: Value) -> Result<(), StoreError> {
+fn check_zpopmin(popped: Value) -> Result<(), StoreError> {
     match popped.extract_error() {
         Err(error) if is_unknown_command(&error) => Err(StoreError::Refused(
             format!("the server lacks ZPOPMIN, which is required to wait for locks; use Redis 5.0 or later, or Valkey: {error}").into(),

@@ -75,7 +75,7 @@ async fn second_opinion(checked: &Checked) -> Result<Health, StoreError> {
         Err(_) => return Err(borrowed.failed(shared, &shared.no_answer())),
     };
     let mapped = match stored.and_then(Value::extract_error) {
-        Ok(stored) => map::look(&shared.map, &stored),
+        Ok(stored) => map::check_or_forget(&shared.map, &stored),
         Err(_) => Ok(()),
     };
     let accepts_locks = written.map(drop).map_err(|error| borrowed.failed(shared, &error));
@@ -119,7 +119,7 @@ impl RedisStore {
             match tokio::time::timeout(limit, asking).await {
                 Ok(reply) => {
                     let reply = reply.and_then(Value::extract_error).map_err(|error| {
-                        link.is_ended_by(&error, &live);
+                        link.close_if_broken(&error, &live);
                         shared.discovery.to_store_error(&error)
                     });
                     reply.map(drop)
@@ -144,7 +144,7 @@ impl RedisStore {
             match tokio::time::timeout(limit, asking).await {
                 Ok(Ok(time)) => time,
                 Ok(Err(error)) => {
-                    link.is_ended_by(&error, &live);
+                    link.close_if_broken(&error, &live);
                     Err(shared.discovery.to_store_error(&error))
                 }
                 Err(_) => {
@@ -167,7 +167,7 @@ impl RedisStore {
             let asking = shared.map_command(&link, &live, map::read(&shared.map));
             match tokio::time::timeout(limit, asking).await {
                 // Replies of a server that has been replaced meanwhile must be discarded.
-                Ok(Ok(stored)) if shared.switches() == switches => map::look(&shared.map, &stored),
+                Ok(Ok(stored)) if shared.switches() == switches => map::check_or_forget(&shared.map, &stored),
                 _ => Ok(()),
             }
         })

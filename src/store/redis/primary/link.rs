@@ -146,7 +146,7 @@ impl Link {
 
     /// Whether the error means that the connection is unusable: it broke, or leads to a server that
     /// is not a primary. If so, the connection is abandoned.
-    pub(super) fn is_ended_by(&self, error: &RedisError, live: &Live) -> bool {
+    pub(super) fn close_if_broken(&self, error: &RedisError, live: &Live) -> bool {
         let shared = &*self.dialer.shared;
         let is_demotion = shared.discovery.is_demotion(error);
         if !is_demotion && !error.is_unrecoverable_error() {

@@ -446,7 +446,7 @@ impl LeaseStore for RedisStore {
             // Not repeated: after a failure the caller reads the key again.
             let sent = shared.send_break(&mut live, &key, &owner, tokens, floor).await;
             let value = sent.map_err(|error| {
-                link.is_ended_by(&error, &live);
+                link.close_if_broken(&error, &live);
                 shared.discovery.to_store_error(&error)
             })?;
             if shared.switches() != live.switches {

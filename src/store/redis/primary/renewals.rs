@@ -93,7 +93,7 @@ pub(super) async fn renew(
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let in_words = |error: RedisError| {
-        link.is_ended_by(&error, live);
+        link.close_if_broken(&error, live);
         shared.discovery.to_store_error(&error)
     };
     let reading = timeout(
@@ -216,7 +216,7 @@ async fn send(
                         .zip(values)
                         .for_each(|(&item, reply)| replies[item] = Some(reply));
                 }
-                Some(Err(error)) if link.is_ended_by(&error, live) => failed = Some(error),
+                Some(Err(error)) if link.close_if_broken(&error, live) => failed = Some(error),
                 Some(Err(error)) => {
                     answered = true;
                     if part.len() == 1 || !batch::may_concern_some_keys(&error) {

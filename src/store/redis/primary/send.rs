@@ -10,7 +10,7 @@ use super::link::{Link, Live};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Release};
 use crate::store::redis::replica_ack::ReplicaAck;
-use crate::store::redis::reply::{acquired, acquired_freely, concerns_modes, inspected};
+use crate::store::redis::reply::{acquired, acquired_fast, concerns_modes, inspected};
 use crate::store::{KeyState, StoreError};
 
 /// Which script releases a lease.
@@ -39,10 +39,10 @@ impl Shared {
         }
         let is_exclusive = request.cycle.mode().is_exclusive();
         if is_exclusive && request.kind == AcquireKind::Fast {
-            let commands = self.commands.take_freely(request, slot);
+            let commands = self.commands.acquire_fast_commands(request, slot);
             let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
-            return Ok(acquired_freely(&replies, request.tokens));
+            return Ok(acquired_fast(&replies, request.tokens));
         }
         if is_exclusive {
             let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
@@ -68,12 +68,12 @@ impl Shared {
         let wait = ack.next();
         let is_exclusive = request.cycle.mode().is_exclusive();
         let (reply, acked) = if is_exclusive && request.kind == AcquireKind::Fast {
-            let mut commands = self.commands.take_freely(request, slot);
+            let mut commands = self.commands.acquire_fast_commands(request, slot);
             commands.add_command(wait.command());
             let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
             let acked = replies.pop().unwrap_or(Value::Nil);
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
-            (acquired_freely(&replies, request.tokens), acked)
+            (acquired_fast(&replies, request.tokens), acked)
         } else {
             let (connection, scripts, wait) = (&mut live.connection, &self.scripts, wait.command());
             let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
@@ -122,12 +122,12 @@ impl Shared {
             return Box::pin(self.scripts.retire.call(&mut live.connection, fill)).await;
         }
         if by == ReleaseBy::Free {
-            let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
-            return self.scripts.release_free.call(&mut live.connection, fill).await;
+            let fill = |command: &mut Cmd| self.commands.fill_release_fast(command, &request.key, request.cycle);
+            return self.scripts.release_fast.call(&mut live.connection, fill).await;
         }
         if request.is_exclusive() {
             let fill = |command: &mut Cmd| self.commands.fill_release(command, request, floor);
-            let value = self.scripts.release.call_told_last(&mut live.connection, fill).await?;
+            let value = self.scripts.release.call_after_time(&mut live.connection, fill).await?;
             if !concerns_modes(&value) {
                 return Ok(value);
             }
@@ -135,7 +135,7 @@ impl Shared {
         let fill = |command: &mut Cmd| self.commands.fill_release_modes(command, request, floor);
         let script = &self.scripts.modes.release;
         // Boxed, so that it does not enlarge the future of every request.
-        Box::pin(script.call_told_last(&mut live.connection, fill)).await
+        Box::pin(script.call_after_time(&mut live.connection, fill)).await
     }
 
     /// Ends the lease of any owner once, on this connection. The scripts are those of a release.
@@ -148,13 +148,13 @@ impl Shared {
         floor: u64,
     ) -> RedisResult<Value> {
         let fill = |command: &mut Cmd| self.commands.fill_break(command, key, owner, tokens, floor);
-        let value = self.scripts.release.call_told_last(&mut live.connection, fill).await?;
+        let value = self.scripts.release.call_after_time(&mut live.connection, fill).await?;
         if !concerns_modes(&value) {
             return Ok(value);
         }
         let fill = |command: &mut Cmd| self.commands.fill_break_modes(command, key, owner, tokens, floor);
         let script = &self.scripts.modes.release;
-        script.call_told_last(&mut live.connection, fill).await
+        script.call_after_time(&mut live.connection, fill).await
     }
 
     /// Sends a command about the shard map.
@@ -162,7 +162,7 @@ impl Shared {
         let mut connection = live.connection.clone();
         let reply = connection.send_packed_command(&command).await;
         let reply = reply.and_then(Value::extract_error).map_err(|error| {
-            link.is_ended_by(&error, live);
+            link.close_if_broken(&error, live);
             self.commands.permissions.of_command(error, &command)
         });
         reply.map_err(|error| self.discovery.to_store_error(&error))

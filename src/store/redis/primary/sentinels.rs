@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_every_kind_become_places_and_nonsense_does_not() {
+    fn valid_addresses_are_accepted_and_malformed_ones_are_not() {
         for (host, port, expected) in [
             ("10.0.0.1", "6379", Some("10.0.0.1:6379")),
             ("::1", "7000", Some("[::1]:7000")),
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_no_sentinel_can_be_reached_the_error_names_all_of_them() {
+    async fn error_names_all_sentinels_if_none_can_be_reached() {
         let sentinels = sentinels("redis+sentinel://u:s3cret@127.0.0.1:1,localhost:2/m?sentinel_password=s3cret");
         let error = sentinels.locate().await.unwrap_err();
         let StoreError::Unavailable(words) = &error else {

@@ -3,8 +3,8 @@
 
 -- The same for a queue member whose mode is exclusive; nil for any other. Only managers write to
 -- the queue.
-local function member(signature)
-  return string.match(signature, '^([^:]+):(%d+%-(%d+)%-%x+)$')
+local function member(owner_tag)
+  return string.match(owner_tag, '^([^:]+):(%d+%-(%d+)%-%x+)$')
 end
 
 -- Makes the head of the queue the owner and notifies it. If its inbox is not reachable, the next
@@ -67,7 +67,7 @@ local function acquire(owner, me, ttl, n, floor, try, channel, key)
       return {0}
     end
     local mark, ahead, new, reached = join(me, floor, channel .. member(me))
-    local manager, cycle = signed(owner)
+    local manager, cycle = parse_owner_tag(owner)
     -- For the first waiter, and again whenever a waiter retries.
     if manager and (ahead == 0 or not new) and wants_notice(cycle) then
       notify(channel .. manager, 'w ' .. cycle .. ' ' .. key)

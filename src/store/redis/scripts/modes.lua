@@ -3,7 +3,7 @@
 -- of exclusive cycles that acquire.lua or release.lua answer with {3}.
 --
 -- KEYS: 1 lease, 2 queue, 3 counter of the slot (see queue.lua), 4 holders (sorted set of
--- signatures, scored by the end of the lease of each, in ms of this server's clock).
+-- owner_tags, scored by the end of the lease of each, in ms of this server's clock).
 --
 -- While there are holders, the lease is MARKER and expires with the last of them: so the SET NX of
 -- an exclusive request fails, and a crash leaves nothing for ever. If the lease is anything else,
@@ -43,18 +43,18 @@ local leaving
 -- The grants to publish: the inbox, the cycle and the largest token of each.
 local grants = {}
 
--- The manager, the cycle and the TTL of a signature that a manager wrote.
-local function member(signature)
-  return string.match(signature, '^([^:]+):(%d+%-(%d+)%-%x+.*)$')
+-- The manager, the cycle and the TTL of a owner_tag that a manager wrote.
+local function member(owner_tag)
+  return string.match(owner_tag, '^([^:]+):(%d+%-(%d+)%-%x+.*)$')
 end
 
 -- The permits of a cycle, and how many it lets all holders have; nil for an exclusive one. A shared
 -- one takes none and lets others have any number.
-local function permits(signature)
-  if string.sub(signature, -2) == '-s' then
+local function permits(owner_tag)
+  if string.sub(owner_tag, -2) == '-s' then
     return 0, math.huge
   end
-  local weight, limit = string.match(signature, '%-p(%d+)%-(%d+)$')
+  local weight, limit = string.match(owner_tag, '%-p(%d+)%-(%d+)$')
   return tonumber(weight), tonumber(limit)
 end
 
@@ -72,11 +72,11 @@ local function count_permits()
 end
 
 -- Whether the cycle can have a lease now, beside those that have one.
-local function admits(signature)
+local function admits(owner_tag)
   if owner then
     return false
   end
-  local weight, limit = permits(signature)
+  local weight, limit = permits(owner_tag)
   if not weight then
     return holders == 0
   end
@@ -90,14 +90,14 @@ local function admits(signature)
 end
 
 -- Gives a lease to the cycle.
-local function admit(signature, ttl)
-  local weight, limit = permits(signature)
+local function admit(owner_tag, ttl)
+  local weight, limit = permits(owner_tag)
   if not weight then
-    redis.call('SET', KEYS[1], signature, 'PX', ttl)
-    owner = signature
+    redis.call('SET', KEYS[1], owner_tag, 'PX', ttl)
+    owner = owner_tag
     return
   end
-  redis.call('ZADD', KEYS[4], string.format('%.0f', now + ttl), signature)
+  redis.call('ZADD', KEYS[4], string.format('%.0f', now + ttl), owner_tag)
   if holders == 0 then
     used, allowed = 0, math.huge
   end
@@ -178,7 +178,7 @@ end
 local function notify_holders()
   local all = {}
   if owner then
-    all = signed(owner) and {owner} or {}
+    all = parse_owner_tag(owner) and {owner} or {}
   elseif holders > 0 then
     all = redis.call('ZRANGE', KEYS[4], 0, -1)
   end
@@ -233,7 +233,7 @@ local function enqueue(me, ttl)
     local first = holders > 0 and redis.call('ZRANGE', KEYS[4], 0, 0, 'WITHSCORES')[2]
     left = first and tonumber(first) - now or -1
   end
-  return queued(last or mark, owner and not signed(owner), ahead, reached, left)
+  return queued(last or mark, owner and not parse_owner_tag(owner), ahead, reached, left)
 end
 
 -- Takes the lease, extends it, or enqueues; a try never enqueues.

@@ -1,17 +1,17 @@
 -- Shared by the scripts that acquire and release. Before it come single.lua or cluster.lua, with
 -- is_subscribed(), notify() and reserve().
 --
--- KEYS: 1 lease, 2 queue (sorted set of signatures, scored by the counter at enqueue, plus a half
+-- KEYS: 1 lease, 2 queue (sorted set of owner_tags, scored by the counter at enqueue, plus a half
 -- if the inbox was not subscribed here), 3 counter of the slot.
 
 -- The lease while shared leases and permits have the key: see modes.lua. No manager and no other
 -- library writes this value.
 local MARKER = '~shared'
 
--- The manager, the cycle and the TTL of a signature; nil for a value that another library wrote. A
--- signature is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
-local function signed(signature)
-  local manager, cycle, ttl = string.match(signature, '^([%w%.%-]+):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
+-- The manager, the cycle and the TTL of a owner_tag; nil for a value that another library wrote. A
+-- owner_tag is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
+local function parse_owner_tag(owner_tag)
+  local manager, cycle, ttl = string.match(owner_tag, '^([%w%.%-]+):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
   -- `<host>-<process id>-<16 digits>`, matched from the end: a single pattern would try each dash.
   if manager and string.find(manager, '^%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x$', -17)
     and string.find(string.sub(manager, -29, -18), '.%-%d+$') then

@@ -16,7 +16,7 @@ pub(super) fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms,
                 words: format!("{} {words}", acquisition.name()),
             });
         };
-        if let Some(at) = told_late(acquisition, hold, faults) {
+        if let Some(at) = reported_late(acquisition, hold, faults) {
             find(
                 "late-loss",
                 at,
@@ -39,7 +39,7 @@ pub(super) fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms,
 }
 
 /// The time at which the loss was known, or still unknown, if that was too late.
-fn told_late(acquisition: &Acquisition, hold: &Hold, faults: &Faults) -> Option<u64> {
+fn reported_late(acquisition: &Acquisition, hold: &Hold, faults: &Faults) -> Option<u64> {
     let end = hold.claimed_until();
     // A task that is releasing its guard no longer waits for the loss.
     let known = hold.told.as_ref().map(|(at, _)| *at).or_else(|| {

@@ -159,7 +159,7 @@ pub(crate) fn check(lines: &[Line], terms: Terms) -> Verdict {
                     _ => &mut verdict.violations,
                 };
                 found.push(Violation {
-                    story: story::tell(&finding, lines),
+                    story: story::render(&finding, lines),
                     finding,
                 });
             }

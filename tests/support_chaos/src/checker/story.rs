@@ -11,7 +11,7 @@ use crate::history::{Event, Line};
 const LINES: usize = 24;
 const FAULTS_BEFORE: Nanos = 8 * SECOND;
 
-pub(super) fn tell(finding: &Finding, lines: &[Line]) -> String {
+pub(super) fn render(finding: &Finding, lines: &[Line]) -> String {
     let (start, key) = (finding.since.min(finding.at), finding.key.as_deref());
     let mut of_key = std::collections::HashSet::new();
     for line in lines {

@@ -158,7 +158,7 @@ fn grant_after_the_validity_of_a_killed_holder_is_no_overlap() {
 }
 
 #[test]
-fn release_that_says_ok_after_another_was_granted_the_lock_is_an_overlap() {
+fn successful_release_after_another_grant_is_an_overlap() {
     let text = "
         0 w1 1 asked k 1000
         1 w1 1 granted 10 100
@@ -172,7 +172,7 @@ fn release_that_says_ok_after_another_was_granted_the_lock_is_an_overlap() {
 }
 
 #[test]
-fn guard_that_was_no_longer_valid_when_it_came_holds_nothing() {
+fn guard_that_is_invalid_when_granted_holds_nothing() {
     let text = "
         0 w1 1 asked k 1000
         1 w2 1 asked k 1000
@@ -218,7 +218,7 @@ fn refused_token_is_found() {
 }
 
 #[test]
-fn loss_that_is_told_late_is_found() {
+fn loss_that_is_reported_late_is_found() {
     let text = "
         0 nemesis 1 fault hung-server -
         0 w1 1 asked k 1000
@@ -233,7 +233,7 @@ fn loss_that_is_told_late_is_found() {
 }
 
 #[test]
-fn loss_that_was_never_told_is_found() {
+fn loss_that_was_never_reported_is_found() {
     let text = "
         0 nemesis 1 fault hung-server -
         0 w1 1 asked k 1000
@@ -258,7 +258,7 @@ fn lease_that_vanishes_without_a_cause_is_found() {
 }
 
 #[test]
-fn loss_while_all_is_well_is_worth_a_look() {
+fn loss_without_a_fault_is_worth_a_look() {
     let text = "
         0 nemesis 1 fault hung-server -
         500 nemesis 1 over
@@ -309,7 +309,7 @@ fn release_without_an_end_is_found() {
 }
 
 #[test]
-fn key_that_is_granted_to_nobody_is_found() {
+fn key_that_is_not_granted_to_its_waiter_is_found() {
     let text = "
         0 w1 1 asked k 1000
         1 w1 1 granted 10 900
@@ -387,7 +387,7 @@ fn failover_excuses_nothing_if_every_replica_has_every_lease() {
 }
 
 #[test]
-fn failover_excuses_no_token_that_goes_back() {
+fn failover_excuses_no_decreasing_token() {
     let text = FORGOTTEN
         .replace("granted 11", "granted 9")
         .replace("FAULT", "failover");

@@ -56,7 +56,7 @@ fn claim_of_the_owner_moves_the_end_of_its_lease_on_and_never_back() {
 /// A node that lost a lease and took it again as an extension would count as one that held it
 /// throughout.
 #[test]
-fn claim_that_extends_takes_no_lease_that_it_has_not() {
+fn claim_that_extends_acquires_no_new_lease() {
     let bench = Bench::new();
     let (me, other) = (owner_tag(1, 2), owner_tag(2, 2));
     assert_eq!(bench.extend_claim(&me, 300_000, 7), [0, -2]);
@@ -158,7 +158,7 @@ fn shared_claim_moves_ends_on_and_never_back() {
 /// members are no holders any more if an administrator has deleted the marker, or once they have
 /// ended.
 #[test]
-fn shared_claim_that_extends_takes_no_lease_that_it_has_not() {
+fn shared_claim_that_extends_acquires_no_new_lease() {
     let bench = Bench::new();
     let (me, other) = (in_mode(2, "-s"), in_mode(3, "-s"));
     assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend"), [0]);

@@ -35,7 +35,7 @@ fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
 
 /// A key of another type is not ours, and no reason to give up the others of the batch.
 #[test]
-fn renewal_of_several_leases_passes_over_a_key_of_another_type() {
+fn renewal_of_several_leases_skips_a_key_of_another_type() {
     let bench = Bench::new();
     let me = owner_tag(1, 2);
     bench.own(&me, Some(100_000));
@@ -105,7 +105,7 @@ fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
 /// The owner has died, and so has the one ahead, whose inbox is gone: it is skipped. The one that
 /// asks has the lease with the reply, with the TTL of its request, and those behind keep waiting.
 #[test]
-fn request_behind_dead_waiters_has_the_lease_with_the_reply() {
+fn request_behind_dead_waiters_is_granted_in_the_reply() {
     let bench = Bench::new();
     let (dead, me, behind) = (owner_tag(1, 2), owner_tag(2, 2), owner_tag(3, 2));
     for in_any_mode in [false, true] {
@@ -131,7 +131,7 @@ fn request_behind_dead_waiters_has_the_lease_with_the_reply() {
 fn short_release_ends_the_owners_lease_if_nobody_waits() {
     let bench = Bench::new();
     let (me, other) = (owner_tag(1, 2), owner_tag(2, 2));
-    let release = || -> u64 { bench.call(bench.scripts.release_free.text(), &["lease", "queue"], &[&me]) };
+    let release = || -> u64 { bench.call(bench.scripts.release_fast.text(), &["lease", "queue"], &[&me]) };
     assert_eq!(release(), 0);
     bench.own(&me, Some(100_000));
     bench.join(&other);
@@ -158,7 +158,7 @@ fn release_behind_dead_waiters_takes_the_lease_again() {
 
 /// The reply says how many are ahead once the lease has been passed on.
 #[test]
-fn releaser_that_waits_again_knows_how_many_are_ahead() {
+fn release_that_requeues_reports_how_many_are_ahead() {
     let bench = Bench::new();
     let (me, again) = (owner_tag(1, 2), owner_tag(1, 5));
     let others = [2, 3, 4, 5].map(|manager| owner_tag(manager, 3));
@@ -224,7 +224,7 @@ fn counter_follows_the_clock_of_the_server_in_a_cluster_and_after_a_loss() {
 /// Those that wait expect another end, and the first of them may give up. More than ten are not
 /// told, so that a long queue costs no more.
 #[test]
-fn first_ten_waiters_are_told_of_a_retired_lease() {
+fn first_ten_waiters_are_notified_of_a_retired_lease() {
     let bench = Bench::new();
     let (me, retired) = (owner_tag(1, 2), owner_tag(1, 1));
     bench.own(&me, Some(300_000));

@@ -38,7 +38,7 @@ fn marker_ends_with_the_lease_of_the_last_holder() {
 /// A holder that died leaves its member. By the server's clock it ends, and nobody has to wait for
 /// it any longer, while the marker lasts for another holder.
 #[test]
-fn holder_whose_lease_has_ended_counts_no_more() {
+fn holder_whose_lease_has_ended_is_not_counted() {
     let bench = Bench::new();
     let (dead, other, me) = (in_mode(1, "-p2-2"), in_mode(2, "-s"), in_mode(3, "-p1-2"));
     bench.hold(&dead, bench.now() + 100_000);
@@ -84,7 +84,7 @@ fn holders_whose_marker_is_gone_have_lost_the_key() {
 
 /// An administrator deletes the set of the holders, but not the marker.
 #[test]
-fn holders_whose_set_is_gone_leave_the_key_to_those_that_wait() {
+fn holders_whose_set_is_gone_leave_the_key_to_the_waiters() {
     let bench = Bench::new();
     let (reader, writer) = (in_mode(1, "-s"), owner_tag(2, 2));
     bench.hold(&reader, bench.now() + 300_000);

@@ -54,7 +54,7 @@ fn named(text: &str) -> BTreeSet<String> {
 }
 
 /// Takes away what imports nothing that is left, until nothing changes. Returns the rest.
-fn in_circles(mut imports: Imports) -> Imports {
+fn in_cycles(mut imports: Imports) -> Imports {
     loop {
         let leaves: Vec<String> = imports
             .iter()
@@ -74,18 +74,18 @@ fn in_circles(mut imports: Imports) -> Imports {
 }
 
 #[test]
-fn no_modules_import_each_other_in_a_circle() {
+fn modules_have_no_import_cycles() {
     let imports = imports();
     assert!(
         imports.len() > 20 && imports["driver"].contains("engine"),
         "{imports:?}"
     );
-    let left = in_circles(imports);
+    let left = in_cycles(imports);
     assert!(left.is_empty(), "circles among these, or below them: {left:#?}");
 }
 
 #[test]
-fn the_engine_knows_no_store_and_no_driver() {
+fn engine_imports_no_store_and_no_driver() {
     let imports = imports();
     for other in ["driver", "manager", "request", "store", "telemetry"] {
         assert!(!imports["engine"].contains(other), "engine imports {other}");
@@ -93,7 +93,7 @@ fn the_engine_knows_no_store_and_no_driver() {
 }
 
 #[test]
-fn circles_are_found() {
+fn import_cycles_are_found() {
     let text =
         "use crate::b::B;\n// crate::no\nfn f() { crate::c::g(crate::d) }\n#[cfg(test)]\nmod tests { use crate::no; }";
     assert_eq!(named(text).into_iter().collect::<Vec<_>>(), ["b", "c", "d"]);
@@ -104,5 +104,5 @@ fn circles_are_found() {
         ("c".to_owned(), set(&["b"])),
         ("d".to_owned(), set(&[])),
     ]);
-    assert_eq!(in_circles(imports).len(), 3);
+    assert_eq!(in_cycles(imports).len(), 3);
 }

@@ -4,16 +4,16 @@ use super::*;
 use crate::error::LockErrorKind;
 
 #[test]
-fn a_lease_that_was_not_renewed_in_time_is_lost_and_the_waiters_start_anew() {
+fn lease_not_renewed_in_time_is_lost_and_its_waiters_retry() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
-    bench.want(1);
+    bench.enqueue(1);
     bench.pass(TTL - DRIFT);
     assert!(guard.lease.loss_at(bench.now).is_some(), "even before any timer fired");
     let seen = bench.tick();
     assert_eq!(seen.lost, Some(LossReason::Expired));
     assert_eq!(seen.abandoned, [], "the guard releases it when dropped");
-    let (cycle, kind, _) = seen.asks();
+    let (cycle, kind, _) = seen.acquires();
     assert!(cycle > guard.lease.cycle && kind == AcquireKind::Enqueue);
     assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
 
@@ -24,34 +24,34 @@ fn a_lease_that_was_not_renewed_in_time_is_lost_and_the_waiters_start_anew() {
 }
 
 #[test]
-fn a_guard_that_is_given_back_after_its_time_was_lost_though_nobody_noticed() {
+fn release_after_an_unnoticed_expiry_reports_the_loss() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
-    bench.want(1);
+    bench.enqueue(1);
     bench.pass(TTL - DRIFT);
     let (held, seen) = bench.release(&guard);
     assert!(!held);
     assert_eq!(seen.abandoned, [guard.lease.cycle]);
-    assert!(seen.asks().0 > guard.lease.cycle);
+    assert!(seen.acquires().0 > guard.lease.cycle);
 }
 
 #[test]
-fn one_that_was_woken_with_a_lost_lease_is_the_first_to_wait_again() {
+fn waiter_woken_with_a_lost_lease_is_first_in_the_queue_again() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
-    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    let ids: Vec<_> = (1..=2).map(|waker| bench.enqueue(waker).0).collect();
     bench.release_held(&guard);
     bench.pass(TTL);
     let seen = bench.tick();
     assert_eq!(seen.lost, None, "no guard was out");
     assert!(!bench.queue.is_settled(ids[0]));
     assert_eq!(bench.queue.set_waker(ids[0], 1), None);
-    assert_eq!(bench.reply(seen.asks().0, granted(100, 164)).woken, [1]);
+    assert_eq!(bench.reply(seen.acquires().0, granted(100, 164)).woken, [1]);
     assert_eq!(bench.guard(ids[0]).token.get(), 100);
 }
 
 #[test]
-fn renewals_are_due_every_tenth_of_the_ttl_and_move_the_validity_on() {
+fn renewals_are_due_every_tenth_of_the_ttl_and_extend_the_validity() {
     let mut bench = Bench::new();
     let sent_at = bench.now;
     let guard = bench.hold(1, 1);
@@ -67,7 +67,7 @@ fn renewals_are_due_every_tenth_of_the_ttl_and_move_the_validity_on() {
     assert_eq!(bench.renewal(), None, "one at a time");
     let sent_at = bench.now;
     bench.pass(ms(20));
-    bench.renewed(cycle, sent_at, Some(RenewReply::Extended { wanted: false }));
+    bench.renewed(cycle, sent_at, Some(RenewReply::Extended { has_waiters: false }));
     assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
     assert_eq!(bench.queue.next_deadline(), Some(sent_at + ms(100)));
 }
@@ -90,7 +90,7 @@ fn a_failed_renewal_is_tried_again_and_loses_nothing() {
 fn a_renewal_that_is_refused_or_too_late_loses_the_lease() {
     for (late, reply, reason) in [
         (ms(50), RenewReply::NotOurs, LossReason::Taken),
-        (TTL, RenewReply::Extended { wanted: false }, LossReason::Expired),
+        (TTL, RenewReply::Extended { has_waiters: false }, LossReason::Expired),
     ] {
         let mut bench = Bench::new();
         let guard = bench.hold(1, 1);
@@ -103,10 +103,10 @@ fn a_renewal_that_is_refused_or_too_late_loses_the_lease() {
 }
 
 #[test]
-fn a_lease_that_the_store_has_lost_is_released_so_that_others_are_served_there() {
+fn lease_the_store_lost_is_released_although_a_guard_is_out() {
     let mut bench = Bench::new();
-    let (id, seen) = bench.want(0);
-    let cycle = seen.asks().0;
+    let (id, seen) = bench.enqueue(0);
+    let cycle = seen.acquires().0;
     bench.reply(cycle, granted(1, 1));
     let guard = bench.guard(id);
     let seen = bench.renewed(cycle, bench.now, Some(RenewReply::NotOurs));
@@ -116,7 +116,7 @@ fn a_lease_that_the_store_has_lost_is_released_so_that_others_are_served_there()
 }
 
 #[test]
-fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
+fn renewal_of_an_earlier_cycle_does_not_affect_the_current_one() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
     assert_eq!(
@@ -129,12 +129,12 @@ fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
 #[test]
 fn max_hold_ends_a_guard_that_is_kept_alive() {
     let mut bench = Bench::new();
-    let want = WaiterOptions {
+    let options = WaiterOptions {
         max_hold: Some(ms(70)),
-        ..WANT
+        ..OPTIONS
     };
-    let (id, seen) = bench.want_as(0, want);
-    bench.reply(seen.asks().0, granted(1, 1));
+    let (id, seen) = bench.enqueue_as(0, options);
+    bench.reply(seen.acquires().0, granted(1, 1));
     let guard = bench.guard(id);
     assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(70)));
     bench.pass(ms(69));
@@ -147,15 +147,15 @@ fn max_hold_ends_a_guard_that_is_kept_alive() {
 /// The waiter's task was not polled for that long, for example because its runtime is blocked.
 /// Without a release, the next waiter would have to wait for a lease without a holder to expire.
 #[test]
-fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
-    for reply in [None, Some(RenewReply::Extended { wanted: false })] {
+fn lease_of_an_uncollected_guard_is_released() {
+    for reply in [None, Some(RenewReply::Extended { has_waiters: false })] {
         let mut bench = Bench::new();
-        let want = WaiterOptions {
+        let options = WaiterOptions {
             max_hold: reply.is_none().then_some(ms(70)),
-            ..WANT
+            ..OPTIONS
         };
-        let (id, seen) = bench.want_as(0, want);
-        let cycle = seen.asks().0;
+        let (id, seen) = bench.enqueue_as(0, options);
+        let cycle = seen.acquires().0;
         bench.reply(cycle, granted(1, 1));
         let sent_at = bench.now;
         let seen = match reply {
@@ -170,7 +170,7 @@ fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
             }
         };
         assert_eq!((&seen.abandoned[..], seen.lost), (&[cycle][..], None));
-        bench.reply(seen.asks().0, granted(2, 2));
+        bench.reply(seen.acquires().0, granted(2, 2));
         assert_eq!(bench.guard(id).token.get(), 2);
     }
 }
@@ -178,12 +178,12 @@ fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
 #[test]
 fn max_hold_counts_for_each_guard() {
     let mut bench = Bench::new();
-    let want = WaiterOptions {
+    let options = WaiterOptions {
         max_hold: Some(ms(70)),
-        ..WANT
+        ..OPTIONS
     };
     let guard = bench.hold(1, 9);
-    let (id, _) = bench.want_as(1, want);
+    let (id, _) = bench.enqueue_as(1, options);
     bench.pass(ms(90));
     bench.release_held(&guard);
     bench.guard(id);
@@ -198,12 +198,12 @@ fn an_extension_that_did_not_find_the_lease_loses_it() {
     for reply in [granted(200, 263), queued(200)] {
         let mut bench = Bench::new();
         let guard = bench.hold(1, 1);
-        let (id, _) = bench.want(1);
-        let cycle = bench.release_held(&guard).asks().0;
+        let (id, _) = bench.enqueue(1);
+        let cycle = bench.release_held(&guard).acquires().0;
         let seen = bench.reply(cycle, reply);
         // Another manager may have had it in between, so this cycle is over.
         assert_eq!(seen.abandoned, [cycle]);
-        assert!(seen.asks().0 > cycle);
+        assert!(seen.acquires().0 > cycle);
         assert_eq!(guard.lease.loss(), Some(LossReason::Taken));
         assert!(!bench.queue.is_settled(id));
     }
@@ -213,12 +213,12 @@ fn an_extension_that_did_not_find_the_lease_loses_it() {
 fn a_lease_that_runs_out_while_it_is_extended_is_released_in_the_background() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
-    bench.want(1);
-    let cycle = bench.release_held(&guard).asks().0;
+    bench.enqueue(1);
+    let cycle = bench.release_held(&guard).acquires().0;
     bench.pass(TTL);
     let seen = bench.tick();
     assert_eq!(seen.abandoned, [cycle], "the extension may still execute");
-    let next = seen.asks().0;
+    let next = seen.acquires().0;
     assert_eq!(bench.reply(cycle, extended(2, 65)).abandoned, [cycle]);
     assert_eq!(bench.reply(next, queued(70)), NOTHING, "the next cycle is not touched");
 }
@@ -229,8 +229,8 @@ fn a_lease_that_runs_out_while_it_is_extended_is_released_in_the_background() {
 fn a_lease_that_runs_out_after_a_failed_extension_is_released_in_the_background() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 2);
-    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
-    let cycle = bench.release_held(&guard).asks().0;
+    let ids: Vec<_> = (1..=2).map(|waker| bench.enqueue(waker).0).collect();
+    let cycle = bench.release_held(&guard).acquires().0;
     bench.guard(ids[0]);
     bench.failed(cycle);
     bench.pass(TTL);
@@ -238,11 +238,11 @@ fn a_lease_that_runs_out_after_a_failed_extension_is_released_in_the_background(
 }
 
 #[test]
-fn a_request_without_an_answer_fails_those_who_wait_for_it() {
+fn request_without_a_reply_fails_its_waiters() {
     let mut bench = Bench::new();
-    let (first, seen) = bench.want(0);
-    let (second, _) = bench.want(1);
-    let cycle = seen.asks().0;
+    let (first, seen) = bench.enqueue(0);
+    let (second, _) = bench.enqueue(1);
+    let cycle = seen.acquires().0;
     let seen = bench.failed(cycle);
     assert_eq!((seen.abandoned, seen.woken), (vec![cycle], vec![0, 1]));
     for id in [first, second] {
@@ -252,27 +252,27 @@ fn a_request_without_an_answer_fails_those_who_wait_for_it() {
 }
 
 #[test]
-fn a_wanted_cycle_that_is_over_is_released_and_a_current_one_is_not() {
+fn old_cycle_with_a_remote_waiter_is_released_and_a_current_one_is_not() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
     let over = guard.lease.cycle;
     assert_eq!(bench.release_held(&guard).releases(), (over, None));
-    assert_eq!(bench.wanted(over), NOTHING, "its release is on its way");
-    bench.released_remotely(over, None);
-    assert_eq!(bench.wanted(over).abandoned, [over], "no task here wants it");
+    assert_eq!(bench.remote_waiter(over), NOTHING, "its release is on its way");
+    bench.reply_to_release(over, None);
+    assert_eq!(bench.remote_waiter(over).abandoned, [over], "no task here wants it");
 
     // A late acquire of the old cycle was executed: the store considers it the owner, whatever this
     // manager does now.
-    let (_, seen) = bench.want(0);
-    let current = seen.asks().0;
-    assert_eq!(bench.wanted(over).abandoned, [over]);
-    assert_eq!(bench.wanted(current), NOTHING);
+    let (_, seen) = bench.enqueue(0);
+    let current = seen.acquires().0;
+    assert_eq!(bench.remote_waiter(over).abandoned, [over]);
+    assert_eq!(bench.remote_waiter(current), NOTHING);
     bench.reply(current, queued(100));
-    assert_eq!(bench.wanted(over).abandoned, [over]);
-    assert_eq!(bench.wanted(current), NOTHING, "its grant is on its way");
+    assert_eq!(bench.remote_waiter(over).abandoned, [over]);
+    assert_eq!(bench.remote_waiter(current), NOTHING, "its grant is on its way");
     bench.grant(grant(current, 101, 164));
-    assert_eq!(bench.wanted(over).abandoned, [over]);
-    assert_eq!(bench.wanted(current), NOTHING);
+    assert_eq!(bench.remote_waiter(over).abandoned, [over]);
+    assert_eq!(bench.remote_waiter(current), NOTHING);
 }
 
 #[test]
@@ -281,18 +281,18 @@ fn a_failed_release_is_repeated_in_the_background() {
     let guard = bench.hold(1, 1);
     let cycle = guard.lease.cycle;
     bench.release_held(&guard);
-    bench.want(1);
+    bench.enqueue(1);
     let seen = bench.failed(cycle);
     assert_eq!(seen.abandoned, [cycle]);
-    assert!(seen.asks().0 > cycle);
+    assert!(seen.acquires().0 > cycle);
 }
 
 #[test]
 fn a_failed_release_that_requeues_abandons_both_cycles() {
     let mut bench = Bench::new();
     bench.rules.max_burst = 1;
-    let (id, cycle) = bench.stand_in_queue(10);
-    bench.want(1);
+    let (id, cycle) = bench.join_store_queue(10);
+    bench.enqueue(1);
     bench.grant(grant(cycle, 11, 11));
     let guard = bench.guard(id);
     let next = bench.release_held(&guard).releases().1.unwrap();
@@ -301,15 +301,15 @@ fn a_failed_release_that_requeues_abandons_both_cycles() {
 }
 
 #[test]
-fn a_failed_extension_fails_only_those_who_wait_for_it() {
+fn failed_extension_fails_only_the_waiter_that_needs_it() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 2);
-    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
-    let cycle = bench.release_held(&guard).asks().0;
+    let ids: Vec<_> = (1..=2).map(|waker| bench.enqueue(waker).0).collect();
+    let cycle = bench.release_held(&guard).acquires().0;
     let second = bench.guard(ids[0]);
     assert_eq!(bench.failed(cycle), NOTHING, "the lease is still ours");
     // There is no token for the next waiter, so the extension is sent again.
-    assert_eq!(bench.release_held(&second).asks().0, cycle);
+    assert_eq!(bench.release_held(&second).acquires().0, cycle);
     let seen = bench.failed(cycle);
     assert_eq!(seen.woken, [2]);
     assert!(matches!(bench.collect(ids[1]), Some(Outcome::Failed(_))));
@@ -320,22 +320,22 @@ fn a_failed_extension_fails_only_those_who_wait_for_it() {
 fn a_failure_of_an_earlier_request_changes_nothing() {
     let mut bench = Bench::new();
     assert_eq!(bench.failed(Cycle::of(50)), NOTHING);
-    let (_, cycle) = bench.stand_in_queue(1);
+    let (_, cycle) = bench.join_store_queue(1);
     assert_eq!(bench.failed(cycle), NOTHING, "it got its reply");
-    assert_eq!(bench.dropped(cycle), NOTHING);
+    assert_eq!(bench.cancelled(cycle), NOTHING);
 }
 
 /// The guard's runtime was blocked until the lease expired and another local task got the key. The
 /// store may still know the earlier cycle, which nothing else would release. The current guard must
 /// keep its lock, even if a server without its data has issued the same token to both.
 #[test]
-fn guard_of_an_earlier_cycle_is_released_in_the_background_and_ends_no_later_one() {
+fn guard_of_an_earlier_cycle_is_released_without_ending_a_later_one() {
     for token in [1, 2] {
         let mut bench = Bench::new();
         let earlier = bench.hold(1, 1);
-        let (id, _) = bench.want(1);
+        let (id, _) = bench.enqueue(1);
         bench.pass(TTL);
-        let next = bench.tick().asks().0;
+        let next = bench.tick().acquires().0;
         bench.reply(next, granted(token, token));
         let present = bench.guard(id);
         let (held, seen) = bench.release(&earlier);
@@ -347,10 +347,10 @@ fn guard_of_an_earlier_cycle_is_released_in_the_background_and_ends_no_later_one
 }
 
 #[test]
-fn a_guard_of_the_same_cycle_that_was_given_back_before_is_not_held() {
+fn guard_released_twice_is_not_held_the_second_time() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 9);
-    let (id, _) = bench.want(1);
+    let (id, _) = bench.enqueue(1);
     bench.release_held(&guard);
     bench.guard(id);
     let (held, seen) = bench.release(&guard);
@@ -359,24 +359,24 @@ fn a_guard_of_the_same_cycle_that_was_given_back_before_is_not_held() {
 }
 
 #[test]
-fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
+fn shutdown_refuses_waiters_and_releases_everything() {
     // If a request is in flight, its reply finds no waiter.
     let mut bench = Bench::new();
-    let (id, seen) = bench.want(0);
-    let cycle = seen.asks().0;
+    let (id, seen) = bench.enqueue(0);
+    let cycle = seen.acquires().0;
     assert_eq!(bench.close().woken, [0]);
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if error.kind() == LockErrorKind::Closed));
     assert_eq!(bench.reply(cycle, granted(1, 1)).releases().0, cycle);
 
     // In the store's queue.
     let mut bench = Bench::new();
-    let (_, cycle) = bench.stand_in_queue(1);
+    let (_, cycle) = bench.join_store_queue(1);
     assert_eq!(bench.close().releases(), (cycle, None));
 
     // With a guard out.
     let mut bench = Bench::new();
     let guard = bench.hold(1, 9);
-    let (waiting, _) = bench.want(1);
+    let (waiting, _) = bench.enqueue(1);
     let seen = bench.close();
     assert_eq!(seen.lost, Some(LossReason::Closed));
     assert_eq!((seen.releases().0, &seen.woken[..]), (guard.lease.cycle, &[1][..]));
@@ -387,7 +387,7 @@ fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
     assert!(!bench.release(&guard).0);
 
     // A task that arrives later is refused.
-    let (id, seen) = bench.want(2);
+    let (id, seen) = bench.enqueue(2);
     assert_eq!((seen.request, &seen.woken[..]), (None, &[2][..]));
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if error.kind() == LockErrorKind::Closed));
 }
@@ -395,11 +395,11 @@ fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
 /// A task that had looked the key up just before a shutdown closed it was refused without being
 /// woken. It was already asleep and waited forever.
 #[test]
-fn a_task_that_comes_just_after_the_shutdown_is_woken_to_be_told() {
+fn task_that_arrives_just_after_a_shutdown_is_woken_and_refused() {
     let mut bench = Bench::new();
     bench.hold(1, 1);
     bench.close();
-    let (id, seen) = bench.want(3);
+    let (id, seen) = bench.enqueue(3);
     assert_eq!(seen.woken, [3]);
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if error.kind() == LockErrorKind::Closed));
 }
@@ -408,8 +408,8 @@ fn a_task_that_comes_just_after_the_shutdown_is_woken_to_be_told() {
 fn a_shutdown_while_the_lease_is_extended_releases_it_in_the_background() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
-    let (id, _) = bench.want(1);
-    let cycle = bench.release_held(&guard).asks().0;
+    let (id, _) = bench.enqueue(1);
+    let cycle = bench.release_held(&guard).acquires().0;
     let seen = bench.close();
     assert_eq!((seen.abandoned, seen.request), (vec![cycle], None));
     bench.collect(id);
@@ -420,40 +420,40 @@ fn a_shutdown_while_the_lease_is_extended_releases_it_in_the_background() {
 /// another shard, so a lock here excludes nobody. Waiters ask again and get the error about the
 /// map.
 #[test]
-fn shard_with_another_map_ends_the_lease_and_lets_nobody_enter_by_a_grant() {
+fn shard_with_another_map_ends_the_lease_and_makes_queued_cycles_retry() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);
-    let (id, _) = bench.want(1);
+    let (id, _) = bench.enqueue(1);
     let seen = bench.disown();
     assert_eq!(seen.lost, Some(LossReason::ShardMap));
     assert_eq!(guard.lease.loss(), Some(LossReason::ShardMap));
-    assert!(seen.asks().0 > guard.lease.cycle);
+    assert!(seen.acquires().0 > guard.lease.cycle);
     assert!(!bench.queue.is_settled(id));
     assert_eq!(bench.disown(), NOTHING, "a reply is awaited anyway");
 
     let mut bench = Bench::new();
-    let (_, cycle) = bench.stand_in_queue(10);
-    assert_eq!(bench.disown().asks(), (cycle, AcquireKind::Enqueue, 1));
+    let (_, cycle) = bench.join_store_queue(10);
+    assert_eq!(bench.disown().acquires(), (cycle, AcquireKind::Enqueue, 1));
 }
 
 /// A process that dies blocks a key until its lease expires. Each lease has the TTL of the task
 /// that gets it first: in the request, in the cycle from which other managers read it, and in the
 /// renewals.
 #[test]
-fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
+fn lease_has_the_ttl_that_its_task_requested() {
     let ttl = TTL * 3;
-    let want = WaiterOptions { ttl, ..WANT };
+    let options = WaiterOptions { ttl, ..OPTIONS };
     let asked = |seen: &Seen| match seen.request {
         Some(Request::Acquire { cycle, ttl, .. }) => (cycle.ttl(), ttl),
         _ => panic!("{seen:?}"),
     };
     // The first request.
     let mut bench = Bench::new();
-    let (first, seen) = bench.want_as(0, want);
+    let (first, seen) = bench.enqueue_as(0, options);
     assert_eq!(asked(&seen), (ttl, ttl));
     // A request sent again for another task.
-    bench.want(1);
-    let cycle = seen.asks().0;
+    bench.enqueue(1);
+    let cycle = seen.acquires().0;
     bench.reply(cycle, queued(10));
     bench.give_up(first);
     bench.pass(ms(502));
@@ -462,9 +462,15 @@ fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     // A guard that follows another one, and the request that requeues the remaining waiters.
     let mut bench = Bench::new();
     bench.rules.max_burst = 2;
-    let (id, cycle) = bench.stand_in_queue(10);
-    let (second, _) = bench.want_as(1, want);
-    bench.want_as(2, WaiterOptions { ttl: TTL * 2, ..WANT });
+    let (id, cycle) = bench.join_store_queue(10);
+    let (second, _) = bench.enqueue_as(1, options);
+    bench.enqueue_as(
+        2,
+        WaiterOptions {
+            ttl: TTL * 2,
+            ..OPTIONS
+        },
+    );
     bench.grant(grant(cycle, 11, 74));
     assert_eq!(bench.queue.ttl(), TTL);
     let guard = bench.guard(id);
@@ -478,32 +484,32 @@ fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
 /// After a change of servers a lease must be confirmed before it is passed on. A lease requested
 /// after the change is already confirmed.
 #[test]
-fn lease_that_was_asked_for_after_a_change_of_servers_is_passed_on_without_a_message() {
+fn lease_requested_after_a_change_of_servers_needs_no_confirmation() {
     for requeued in [false, true] {
         let mut bench = Bench::new();
         bench.rules.max_burst = 1;
         let mut cycle = Cycle::of(0);
         let (mut id, mut next) = (None, None);
         if requeued {
-            let (first, before) = bench.stand_in_queue(10);
-            id = Some(bench.want(1).0);
+            let (first, before) = bench.join_store_queue(10);
+            id = Some(bench.enqueue(1).0);
             bench.grant(grant(before, 11, 11));
             let guard = bench.guard(first);
             bench.epoch += 1;
             cycle = bench.release_held(&guard).releases().1.unwrap();
             bench.rules.max_burst = 4;
-            next = Some(bench.want(2).0);
-            bench.released_remotely(before, Some(granted(20, 84)));
+            next = Some(bench.enqueue(2).0);
+            bench.reply_to_release(before, Some(granted(20, 84)));
             assert!(cycle > before);
         } else {
             bench.epoch += 1;
-            let (first, seen) = bench.want(1);
-            cycle = cycle.max(seen.asks().0);
+            let (first, seen) = bench.enqueue(1);
+            cycle = cycle.max(seen.acquires().0);
             bench.reply(cycle, granted(20, 84));
             id = id.or(Some(first));
         }
         let guard = bench.guard(id.unwrap());
-        let next = next.unwrap_or_else(|| bench.want(2).0);
+        let next = next.unwrap_or_else(|| bench.enqueue(2).0);
         let seen = bench.release_held(&guard);
         assert_eq!(
             (seen.request, &seen.woken[..]),

@@ -28,7 +28,7 @@ async fn error(locks: &LockManager) -> LockError {
 }
 
 #[track_caller]
-fn assert_says(error: &LockError, words: &[&str]) {
+fn assert_mentions(error: &LockError, words: &[&str]) {
     let text = error.to_string();
     assert!(text.contains("\"k\""), "{text}");
     for word in words {
@@ -38,7 +38,7 @@ fn assert_says(error: &LockError, words: &[&str]) {
 
 /// Waits until the lock can be acquired again, and checks that the refused requests left nothing
 /// behind.
-async fn is_well_again(store: &TestStore, locks: &LockManager) {
+async fn assert_recovers(store: &TestStore, locks: &LockManager) {
     until("the lock can be acquired again", async || match locks.lock("k").await {
         Ok(guard) => guard.release().await.is_ok(),
         Err(error) => {
@@ -53,7 +53,7 @@ async fn is_well_again(store: &TestStore, locks: &LockManager) {
 on_each_store! {
     on(redis, own);
 
-    async fn a_server_without_memory_or_for_reading_only_says_what_to_do(store: &TestStore) {
+    async fn error_of_a_full_or_read_only_server_names_the_remedy(store: &TestStore) {
         let (server, locks) = (store.server(), store.manager().await);
         let held = lock(&locks, "held").await;
         let no_replicas = ["CONFIG", "SET", "min-replicas-to-write", "1"];
@@ -70,7 +70,7 @@ on_each_store! {
             server.command(change);
             let error = locks.lock("k").await.expect_err("the server refuses");
             assert!(error.kind() == LockErrorKind::Refused, "{error}");
-            assert_says(&error, &[words]);
+            assert_mentions(&error, &[words]);
             server.command(back);
             lock(&locks, "k").await.release().await.expect("release");
         }
@@ -93,8 +93,8 @@ on_each_store! {
             tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(error(&locks)))
         });
         assert!(error.kind() == LockErrorKind::Unavailable && error.is_retryable(), "{error}");
-        assert_says(&error, &["not ready", "loading"]);
-        is_well_again(store, &locks).await;
+        assert_mentions(&error, &["not ready", "loading"]);
+        assert_recovers(store, &locks).await;
     }
 
     async fn a_server_that_is_busy_with_a_script_is_unavailable_until_that_ends(store: &TestStore) {
@@ -109,13 +109,13 @@ on_each_store! {
         });
         let error = error(&locks).await;
         assert!(error.kind() == LockErrorKind::Unavailable && error.is_retryable(), "{error}");
-        assert_says(&error, &["busy with a script", "BUSY"]);
+        assert_mentions(&error, &["busy with a script", "BUSY"]);
         server.command(&["SCRIPT", "KILL"]);
         script.join().expect("a thread").expect_err("the script was killed");
-        is_well_again(store, &locks).await;
+        assert_recovers(store, &locks).await;
     }
 
-    async fn a_release_that_is_refused_for_a_while_is_repeated(store: &TestStore) {
+    async fn refused_release_is_retried_until_it_succeeds(store: &TestStore) {
         let (server, locks, other) = (store.server(), store.manager().await, store.manager().await);
         // Longer than any waiter waits in this test.
         let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
@@ -132,7 +132,7 @@ on_each_store! {
         soon("the lock", lock(&other, "k")).await.release().await.expect("release");
     }
 
-    async fn a_server_that_wants_a_password_from_now_on_says_so(store: &TestStore) {
+    async fn newly_required_password_is_reported(store: &TestStore) {
         let (server, locks) = (store.server(), store.manager().await);
         lock(&locks, "k").await.release().await.expect("release");
         server.command(&["CONFIG", "SET", "requirepass", "new"]);
@@ -141,8 +141,8 @@ on_each_store! {
         server.client_kill(ClientType::Normal);
         let error = error(&locks).await;
         assert!(error.kind() == LockErrorKind::Refused && !error.is_retryable(), "{error}");
-        assert_says(&error, &["check the user and the password"]);
+        assert_mentions(&error, &["check the user and the password"]);
         server.command(&["CONFIG", "SET", "requirepass", ""]);
-        is_well_again(store, &locks).await;
+        assert_recovers(store, &locks).await;
     }
 }

@@ -16,12 +16,12 @@ const RELEASE_IF_OURS: &str =
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
 
 async fn connect(server: &RedisServer) -> LockManager {
-    LockManager::connect(&server.url()).await.expect("connect")
+    support_locks::connect(&server.url()).await
 }
 
 /// A foreign client takes the lock with `take` and frees it with `free`. Our waiters in two
 /// processes each get the lock within a second.
-async fn waits_for_a_stranger(store: &TestStore, take: &[&str], free: impl FnOnce(&dyn Servers)) {
+async fn assert_foreign_key_is_waited_for(store: &TestStore, take: &[&str], free: impl FnOnce(&dyn Servers)) {
     let servers = store.servers();
     let (one, other) = (store.manager().await, store.manager().await);
     // Loads the scripts into the server, so that the counts below cover only the waiting.
@@ -38,7 +38,7 @@ async fn waits_for_a_stranger(store: &TestStore, take: &[&str], free: impl FnOnc
     assert!(one.try_lock("k").await.expect("try").is_none());
     let holder = one.inspect("k").await.expect("inspect").holder.expect("a holder");
     assert!(!holder.is_manager, "{holder:?}");
-    servers.count_anew();
+    servers.reset_all_stats();
     let waiting = [one.clone(), other.clone()].map(|locks| {
         tokio::spawn(async move {
             let guard = lock(&locks, "k").await;
@@ -75,29 +75,29 @@ fn text(reply: &Value) -> String {
 on_each_store! {
     on(foreign, own);
 
-    async fn a_stranger_without_a_ttl_that_deletes_its_key_is_followed_within_a_second(store: &TestStore) {
-        waits_for_a_stranger(store, &["SET", "lock:k", "550e8400-e29b", "NX"], |servers| {
+    async fn foreign_key_without_a_ttl_is_acquired_within_a_second_of_its_deletion(store: &TestStore) {
+        assert_foreign_key_is_waited_for(store, &["SET", "lock:k", "550e8400-e29b", "NX"], |servers| {
             assert_eq!(servers.command(&["EVAL", RELEASE_IF_OURS, "1", "lock:k", "550e8400-e29b"]), Value::Int(1));
         })
         .await;
     }
 
-    async fn a_stranger_with_a_long_ttl_that_deletes_its_key_is_followed_within_a_second(store: &TestStore) {
-        waits_for_a_stranger(store, &["SET", "lock:k", "uuid:thread-1", "NX", "PX", "60000"], |servers| {
+    async fn foreign_key_with_a_long_ttl_is_acquired_within_a_second_of_its_deletion(store: &TestStore) {
+        assert_foreign_key_is_waited_for(store, &["SET", "lock:k", "uuid:thread-1", "NX", "PX", "60000"], |servers| {
             servers.command(&["DEL", "lock:k"]);
         })
         .await;
     }
 
-    async fn a_stranger_whose_key_runs_out_is_followed_within_a_second(store: &TestStore) {
-        waits_for_a_stranger(store, &["SET", "lock:k", "theirs", "NX", "PX", "60000"], |servers| {
+    async fn foreign_key_is_acquired_within_a_second_of_its_expiry(store: &TestStore) {
+        assert_foreign_key_is_waited_for(store, &["SET", "lock:k", "theirs", "NX", "PX", "60000"], |servers| {
             // Shortens the TTL, so that the test need not wait for the expiry.
             assert_eq!(servers.command(&["PEXPIRE", "lock:k", "50"]), Value::Int(1));
         })
         .await;
     }
 
-    async fn a_stranger_can_neither_take_nor_free_what_we_hold(store: &TestStore) {
+    async fn foreign_client_can_neither_take_nor_free_a_held_lock(store: &TestStore) {
         let (servers, locks) = (store.servers(), store.manager().await);
         let guard = lock(&locks, "k").await;
         assert_eq!(
@@ -114,7 +114,7 @@ on_each_store! {
         assert!(locks.try_lock("k").await.expect("try").is_none());
     }
 
-    async fn a_key_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is(store: &TestStore) {
+    async fn key_of_a_wrong_type_is_a_clear_error_and_is_left_unchanged(store: &TestStore) {
         let (servers, locks) = (store.servers(), store.manager().await);
         for (kind, make) in [
             ("list", &["RPUSH", "lock:k", "x"][..]),
@@ -123,11 +123,11 @@ on_each_store! {
         ] {
             servers.command(make);
             let error = soon("an error", async { locks.lock("k").await }).await.expect_err(kind);
-            assert_is_told(&error);
+            assert_wrong_type_is_explained(&error);
             let error = soon("an error", async { locks.try_lock("k").await })
                 .await
                 .expect_err(kind);
-            assert_is_told(&error);
+            assert_wrong_type_is_explained(&error);
             let error = locks.inspect("k").await.expect_err(kind);
             assert!(error.to_string().contains("\"k\""), "{error}");
             assert_eq!(text(&servers.command(&["TYPE", "lock:k"])), kind);
@@ -139,9 +139,9 @@ on_each_store! {
 }
 
 on_each_store! {
-    on(free_path, own);
+    on(fast_path, own);
 
-    async fn a_queue_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is(store: &TestStore) {
+    async fn queue_of_a_wrong_type_is_a_clear_error_and_is_left_unchanged(store: &TestStore) {
         let servers = store.servers();
         let (one, other) = (store.manager().await, store.manager().await);
         // From the second time on the manager uses the fast path, which does not check the queue.
@@ -151,14 +151,14 @@ on_each_store! {
         let error = soon("an error", async { other.lock("k").await })
             .await
             .expect_err("it can't enqueue");
-        assert_is_told(&error);
+        assert_wrong_type_is_explained(&error);
         let error = guard.release().await.expect_err("it can't read the queue");
-        assert_is_told(&error);
+        assert_wrong_type_is_explained(&error);
         assert_eq!(text(&servers.command(&["GET", "{lock:k}:q"])), "x");
     }
 }
 
-fn assert_is_told(error: &LockError) {
+fn assert_wrong_type_is_explained(error: &LockError) {
     assert!(error.kind() == LockErrorKind::Refused, "{error}");
     let text = error.to_string();
     assert!(
@@ -230,8 +230,8 @@ async fn managers_with_different_shards_are_refused_with_both_maps_in_the_messag
 }
 
 #[tokio::test]
-async fn a_memory_with_other_shards_is_refused_too() {
-    let first = LockManager::connect("memory://others-map").await.expect("connect");
+async fn memory_with_another_shard_map_is_refused() {
+    let first = support_locks::connect("memory://others-map").await;
     lock_once(&first).await;
     let builder = LockManager::builder()
         .shard("memory://others-map")
@@ -262,7 +262,7 @@ async fn shards_with_other_names_and_the_same_slots_are_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn refused_start_stores_no_map_where_there_was_none() {
+async fn refused_start_stores_no_map_on_a_shard_without_one() {
     let (used, fresh) = (RedisServer::start(), RedisServer::start());
     lock_once(&connect(&used).await).await;
     for _ in 0..20 {
@@ -276,7 +276,7 @@ async fn refused_start_stores_no_map_where_there_was_none() {
 
 /// Both managers read two servers without a map, and then store different maps in different orders.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_of_two_maps_that_are_stored_at_once_wins_everywhere_or_neither_lasts() {
+async fn of_two_maps_stored_concurrently_at_most_one_wins() {
     let (first, second) = (RedisServer::start(), RedisServer::start());
     let shards = [[&first, &second], [&second, &first]];
     for round in 0..20 {
@@ -309,7 +309,7 @@ async fn one_of_two_maps_that_are_stored_at_once_wins_everywhere_or_neither_last
 }
 
 on_each_store! {
-    async fn manager_that_only_looks_stores_no_map(store: &TestStore) {
+    async fn manager_that_only_inspects_stores_no_map(store: &TestStore) {
         let locks = store.manager().await;
         assert_eq!(locks.inspect("k").await.expect("inspect").holder, None);
         locks.shutdown().await.ok();
@@ -346,7 +346,7 @@ on_each_store! { on(servers);
         lock_once(&locks).await;
     }
 
-    async fn map_that_was_deleted_beside_held_locks_is_stored_again(store: &TestStore) {
+    async fn map_deleted_while_locks_are_held_is_stored_again(store: &TestStore) {
         let (locks, servers) = (store.manager().await, store.servers());
         let guard = lock(&locks, "k").await;
         let mut maps = servers.maps(store.namespace());
@@ -375,7 +375,7 @@ fn assert_differs(error: &LockError, ours: &str, theirs: &str) {
 /// the lock. A grant identified its cycle by a small number, and the manager trusted the TTL in the
 /// message.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn grant_that_another_client_makes_up_lets_nobody_in() {
+async fn grant_forged_by_another_client_is_ignored() {
     const FORGED: u64 = 1 << 60;
     let server = RedisServer::start();
     let (holder, waiter) = (connect(&server).await, connect(&server).await);
@@ -408,7 +408,7 @@ async fn grant_that_another_client_makes_up_lets_nobody_in() {
 /// The lease is a marker while the key is shared. To a client of another library it looks like the
 /// lease of somebody else.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_can_neither_take_nor_free_what_is_shared_but_an_administrator_can() {
+async fn foreign_client_can_neither_take_nor_free_a_shared_lock_except_by_deletion() {
     let server = RedisServer::start();
     let builder = || LockManager::builder().shard(server.url()).ttl(Duration::from_secs(1));
     let (one, other) = (builder().connect().await, builder().connect().await);
