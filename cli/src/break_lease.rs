@@ -55,7 +55,8 @@ const OWNERS_SHOWN: usize = 10;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
-    let locks = Builder::new().config(args.shards.load_with_shards()?).connect().await?;
+    let connecting = Builder::new().config(args.shards.load_with_shards()?).connect();
+    let locks = connecting.await.map_err(|error| args.shards.connect_failure(&error))?;
     let Some(owner) = &args.owner else {
         return Err(refuse_without_owner(&key, &locks.inspect(&key).await?));
     };

@@ -4,6 +4,8 @@
 //! from 126 up mean something else to callers of commands. `doctor` runs no command and uses 1 and
 //! 2 for the severity of its findings.
 
+use std::time::Duration;
+
 use anyhow::Error;
 use shardlock::LockError;
 use shardlock::error::{InvalidSetting, LockErrorKind};
@@ -70,19 +72,30 @@ impl From<InvalidSetting> for Failure {
 
 impl From<LockError> for Failure {
     fn from(error: LockError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&LockError> for Failure {
+    fn from(error: &LockError) -> Self {
         let code = match error.kind() {
             LockErrorKind::Invalid => USAGE,
             LockErrorKind::ShardMapMismatch => CONFIG,
             _ => UNAVAILABLE,
         };
-        Self::new(code, Error::msg(in_words(&error)))
+        Self::new(code, Error::msg(describe_error(error)))
     }
 }
 
 /// The error, and how long the request waited if that is known.
-pub(crate) fn in_words(error: &LockError) -> String {
+pub(crate) fn describe_error(error: &LockError) -> String {
     match error.waited() {
-        Some(waited) => format!("{error} (waited {waited:.3?})"),
+        Some(waited) => describe_after(error, waited),
         None => error.to_string(),
     }
+}
+
+/// The error, and how long the request has waited in all its attempts.
+pub(crate) fn describe_after(error: &LockError, waited: Duration) -> String {
+    format!("{error} (waited {waited:.3?})")
 }

@@ -35,7 +35,8 @@ const HOLDERS_SHOWN: usize = 10;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
-    let locks = Builder::new().config(args.shards.load_with_shards()?).connect().await?;
+    let connecting = Builder::new().config(args.shards.load_with_shards()?).connect();
+    let locks = connecting.await.map_err(|error| args.shards.connect_failure(&error))?;
     let state = locks.inspect(&key).await?;
     // A connected manager has shards.
     let shard = locks.shard_map().name(key.slot()).unwrap_or_default();
@@ -99,20 +100,19 @@ fn as_text(key: &LockKey, shard: &str, state: &KeyState) -> String {
 }
 
 fn describe(holder: &Holder) -> String {
-    let kind = if holder.is_manager {
-        "a shardlock manager"
-    } else {
-        "not a shardlock manager"
+    let is_kept = shardlock::tool::is_kept_by_min_hold(&holder.owner);
+    let kind = match (holder.is_manager, is_kept) {
+        (true, true) => "kept by min_hold, its holder has released it",
+        (true, false) => "a shardlock manager",
+        (false, _) => "not a shardlock manager",
     };
     let end = match holder.remaining {
         Some(remaining) => {
             let millis = Duration::from_millis(remaining.as_millis() as u64);
-            format!(
-                "its lease ends in {} unless renewed",
-                humantime::format_duration(millis)
-            )
+            let unless = if is_kept { "" } else { " unless renewed" };
+            format!("its lease ends in {}{unless}", humantime::format_duration(millis))
         }
-        None => "its hold never ends by itself".to_owned(),
+        None => "its lease never expires".to_owned(),
     };
     format!("{}, {kind}; {end}", printable(&holder.owner))
 }

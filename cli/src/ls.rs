@@ -93,7 +93,8 @@ struct Listing {
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let config = args.shards.load_with_shards()?;
-    let locks = Builder::new().config(config.clone()).connect().await?;
+    let connecting = Builder::new().config(config.clone()).connect();
+    let locks = connecting.await.map_err(|error| args.shards.connect_failure(&error))?;
     let mut listing = Listing::default();
     let keys = find(&args, &config, &locks, &mut listing).await;
     read(&args, &locks, keys, &mut listing).await;
@@ -102,7 +103,7 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
         "more": listing.more.is_some(),
         "errors": listing.errors,
     });
-    args.format.print(&json, &as_text(&listing))?;
+    args.format.print(&json, &as_text(&listing, args.prefix.as_deref()))?;
     listing.errors.iter().take(ERRORS_MAX).for_each(output::eprint);
     Ok(if listing.errors.is_empty() {
         exit::OK
@@ -225,7 +226,7 @@ fn row(key: &LockKey, shard: String, state: KeyState) -> Row {
     }
 }
 
-fn as_text(listing: &Listing) -> String {
+fn as_text(listing: &Listing, prefix: Option<&str>) -> String {
     let header = ["KEY", "SHARD", "MODE", "LEFT", "WAITING", "HOLDER"].map(str::to_owned);
     let rows = listing.rows.iter().map(|row| {
         [
@@ -248,12 +249,13 @@ fn as_text(listing: &Listing) -> String {
     widths[5] = 0;
     let mut text = String::new();
     if listing.rows.is_empty() {
-        let found = if listing.more.is_none() && listing.errors.is_empty() {
-            "no key is held\n"
-        } else {
-            "no held key was found\n"
-        };
-        text.push_str(found);
+        let is_all = listing.more.is_none() && listing.errors.is_empty();
+        text.push_str(&match (prefix, is_all) {
+            (None, true) => "no key is held\n".to_owned(),
+            (None, false) => "no held key was found\n".to_owned(),
+            (Some(prefix), true) => format!("no held key begins with {prefix:?}\n"),
+            (Some(prefix), false) => format!("no held key that begins with {prefix:?} was found\n"),
+        });
     } else {
         for line in &lines {
             let cells = line.iter().zip(widths).map(|(text, width)| format!("{text:<width$}"));
@@ -263,7 +265,7 @@ fn as_text(listing: &Listing) -> String {
     }
     if let Some(reason) = &listing.more {
         // Writing to a string can't fail.
-        writeln!(text, "and perhaps more: {reason}").ok();
+        writeln!(text, "the list may be incomplete: {reason}").ok();
     }
     text
 }

@@ -30,6 +30,11 @@ pub(crate) struct Options {
 pub(crate) const VARIABLE: &str = "SHARDLOCK_METRICS";
 
 impl Options {
+    /// Whether an address is given on the command line.
+    pub(crate) const fn is_given(&self) -> bool {
+        self.address.is_some()
+    }
+
     /// Binds the address, if one is configured, and prints the URL of the metrics.
     ///
     /// Call this before a manager connects.

@@ -5,10 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
+use shardlock::LockError;
 use shardlock::config::Config;
+use shardlock::error::LockErrorKind;
 use shardlock::tool;
 
 use crate::exit::Failure;
+use crate::serve::AGENT_VARIABLE;
 
 /// Sources of settings, besides the environment.
 #[derive(Debug, Clone, clap::Args, Serialize, Deserialize)]
@@ -63,6 +66,16 @@ impl Options {
         Ok(config)
     }
 
+    /// The failure of a manager with these settings to connect. Which of the settings is invalid is
+    /// known only then.
+    pub(crate) fn connect_failure(&self, error: &LockError) -> Failure {
+        let is_on_command_line = !self.shards.is_empty() || !self.settings.is_empty();
+        match error.kind() {
+            LockErrorKind::Invalid if !is_on_command_line => Failure::config(anyhow!(error.to_string())),
+            _ => Failure::from(error),
+        }
+    }
+
     /// Whether shards or settings are given on the command line.
     pub(crate) fn is_given(&self) -> bool {
         !self.shards.is_empty() || self.config.is_some() || !self.settings.is_empty()
@@ -106,7 +119,11 @@ impl Options {
         let config = self.load()?;
         if config.shards.is_empty() {
             let is_nested = std::env::var_os("LOCK_OWNER").is_some();
-            let hint = if is_nested {
+            let has_agent = std::env::var_os(AGENT_VARIABLE).is_some_and(|socket| !socket.is_empty());
+            let hint = if has_agent {
+                "; the agent of SHARDLOCK_AGENT is used by `exec` alone, and only without --shard, --config and --set; \
+                 `redis-cli -s SOCKET INSPECT KEY` asks it for a key"
+            } else if is_nested {
                 "; a command run by `shardlock exec` does not inherit a SHARDLOCK_SHARDS that contains a password, \
                  unless exec is given --inherit-password"
             } else {

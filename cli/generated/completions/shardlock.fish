@@ -48,7 +48,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -s E -l confli
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l kill-after -d 'How long to wait between TERM and KILL, up to a day' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l class -d 'The class label for this lock in metrics' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l agent -d 'Take the lock through the agent with this socket (`shardlock serve`) [default: $SHARDLOCK_AGENT, unless shards are given on the command line]' -r -F
-complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l agent-password-file -d 'A file whose first line is the password of the agent [default: $SHARDLOCK_AGENT_PASSWORD_FILE, or the password in $SHARDLOCK_AGENT_PASSWORD]' -r -F
+complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l agent-password-file -d 'A file with the password of the agent in its first line [default: $SHARDLOCK_AGENT_PASSWORD_FILE, or the password in $SHARDLOCK_AGENT_PASSWORD]' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l textfile -d 'Report the end of this call in DIR/shardlock_exec_NAME.prom, for the textfile collector of node_exporter' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l textfile-name -d 'The NAME of that file [default: made from the keys]' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -l metrics -d 'Serve Prometheus metrics on this address, such as 127.0.0.1:9187; port 0 picks a free port' -r

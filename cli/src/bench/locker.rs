@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::mode::request;
-use crate::exit::in_words;
+use crate::exit::describe_error;
 
 /// Where the tasks of a worker take locks.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl From<LockError> for LockFailure {
     fn from(error: LockError) -> Self {
         Self {
             kind: error.kind().as_str().to_owned(),
-            text: in_words(&error),
+            text: describe_error(&error),
         }
     }
 }

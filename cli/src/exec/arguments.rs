@@ -23,6 +23,13 @@ impl<'a> Work<'a> {
         let (keys, command) = match &*args.key_and_command {
             command if !args.keys.is_empty() => (keys_of(&args.keys)?, command),
             [key, dashes, command @ ..] if dashes == "--" => (vec![key_of(key)?], command),
+            [key, option, ..] if option.as_encoded_bytes().starts_with(b"-") => {
+                let (key, option) = (key.display(), option.display());
+                return Err(Failure::usage(anyhow!(
+                    "{option} stands after the key {key}, where the command begins: give the options of exec before the \
+                     key, or `--` before a command with such a name"
+                )));
+            }
             [key, command @ ..] => (vec![key_of(key)?], command),
             [] => return Err(Failure::usage(anyhow!("the key and the command are missing"))),
         };

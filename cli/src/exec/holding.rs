@@ -64,7 +64,7 @@ impl Holding {
                 if error.is_lost() {
                     NotReleased::Lost(error.to_string())
                 } else {
-                    NotReleased::Unconfirmed(exit::in_words(&error))
+                    NotReleased::Unconfirmed(exit::describe_error(&error))
                 }
             }),
             Self::Agent(locks) => locks.release().await,

@@ -85,7 +85,7 @@ impl Keeper {
         let admin = args.metrics.bind().map_err(admin_failure)?;
 
         let locks = tokio::select! {
-            connected = connect(config, args.nonblock) => connected?,
+            connected = connect(config, args) => connected?,
             code = events.wait_for_termination() => {
                 call.wait_ended(textfile::Outcome::Interrupted);
                 return Ok(code);
@@ -149,22 +149,23 @@ impl Keeper {
 
 /// Connects to the shards. If there is a timeout, retries until it has passed, so a shorter outage
 /// only costs time. The time that remains is left for the lock.
-async fn connect(mut config: Config, try_only: bool) -> Result<LockManager, LockError> {
+async fn connect(mut config: Config, args: &Args) -> Result<LockManager, Failure> {
     const PAUSE_MIN: Duration = Duration::from_millis(20);
     const PAUSE_MAX: Duration = Duration::from_secs(1);
     let started = Instant::now();
-    let limit = config.timeout.filter(|_| !try_only);
+    let limit = config.timeout.filter(|_| !args.nonblock);
     let mut bound = PAUSE_MIN;
     loop {
         let error = match Builder::new().config(config.clone()).connect().await {
             Err(error) if error.kind() == LockErrorKind::Unavailable => error,
-            connected => return connected,
+            connected => return connected.map_err(|error| args.shards.connect_failure(&error)),
         };
         // Randomised, so that processes that lost a server together do not all reconnect together.
         let pause = rand::random_range(PAUSE_MIN / 2..=bound);
         let left = limit.and_then(|limit| limit.checked_sub(started.elapsed() + pause));
         let Some(left) = left.filter(|left| !left.is_zero()) else {
-            return Err(error);
+            let what = exit::describe_after(&error, started.elapsed());
+            return Err(Failure::new(exit::UNAVAILABLE, anyhow::Error::msg(what)));
         };
         if bound == PAUSE_MIN {
             tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "can't connect; retrying until the timeout has passed");
@@ -219,7 +220,11 @@ impl Acquisition {
         let one_of = if work.keys.len() > 1 { "one of the " } else { "" };
         let locks = work.describe_locks();
         Self::NotAcquired {
-            reason: format!("{one_of}{locks} is held, or others are waiting for it"),
+            reason: if args.nonblock {
+                format!("{one_of}{locks} is held, or others are waiting for it")
+            } else {
+                format!("timed out waiting for {one_of}{locks}")
+            },
             is_timeout: !args.nonblock,
         }
     }
@@ -241,7 +246,7 @@ async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Ac
         match in_mode!(locks.lock_all(&work.keys), args).await {
             Err(error) if error.is_timeout() => {
                 return Ok(Acquisition::NotAcquired {
-                    reason: exit::in_words(&error),
+                    reason: exit::describe_error(&error),
                     is_timeout: true,
                 });
             }

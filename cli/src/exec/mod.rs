@@ -111,6 +111,9 @@ pub(crate) struct Args {
 
     /// How long to wait for the lock, such as 500ms or 2s (a plain number is seconds), or none to
     /// wait forever
+    ///
+    /// With a limit, the tool also retries while the server can't be reached, until the limit has
+    /// passed. Without one, a server that can't be reached is an error at once.
     #[arg(short = 'w', long, value_name = "DURATION", value_parser = seconds_or_duration)]
     timeout: Option<String>,
 
@@ -158,12 +161,13 @@ pub(crate) struct Args {
     /// Take the lock through the agent with this socket (`shardlock serve`) [default:
     /// $SHARDLOCK_AGENT, unless shards are given on the command line]
     ///
-    /// The agent has the shards and the settings. LOCK_OWNER is not set. With several keys and
-    /// without --timeout, the agent's own limit applies to each of them.
+    /// The agent has the shards and the settings, so other variables, such as SHARDLOCK_TTL, have
+    /// no effect. LOCK_OWNER is not set. With several keys and without --timeout, the agent's own
+    /// limit applies to each of them.
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["shards", "config", "settings", "address"])]
     agent: Option<PathBuf>,
 
-    /// A file whose first line is the password of the agent [default:
+    /// A file with the password of the agent in its first line [default:
     /// $SHARDLOCK_AGENT_PASSWORD_FILE, or the password in $SHARDLOCK_AGENT_PASSWORD]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["shards", "config", "settings", "address"])]
     agent_password_file: Option<PathBuf>,
@@ -237,6 +241,10 @@ fn grace(text: &str) -> Result<Duration, String> {
 impl Args {
     fn source(&self, work: &Work<'_>) -> Result<Source, Failure> {
         match self.agent() {
+            Some(_) if self.metrics.is_given() => Err(Failure::usage(anyhow!(
+                "--metrics is given, but the lock is taken through the agent of SHARDLOCK_AGENT, which has the metrics: \
+                 leave --metrics out, or give the shards with --shard"
+            ))),
             Some(socket) => Ok(Source::Agent(AgentRequest::new(&socket, self, &work.keys)?)),
             None if self.agent_password_file.is_some() => Err(Failure::usage(anyhow!(
                 "--agent-password-file is given, but no agent; give its socket with --agent, or set SHARDLOCK_AGENT"
@@ -255,6 +263,14 @@ impl Args {
 
     fn config(&self) -> Result<Config, Failure> {
         let mut config = self.shards.load_with_shards()?;
+        if let Some(shard) = config.shards.iter().find(|shard| shard.url.starts_with("memory:")) {
+            return Err(Failure::usage(anyhow!(
+                "shard {} is {}, a store inside one process, so a lock of this command would keep no other command out; \
+                 use a server",
+                shard.name,
+                shard.url
+            )));
+        }
         for (name, value) in [
             ("timeout", &self.timeout),
             ("ttl", &self.ttl),

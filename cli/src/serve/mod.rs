@@ -107,7 +107,9 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     }
     let admin = args.metrics.bind().map_err(unavailable)?;
     let locks = tokio::select! {
-        connected = Builder::new().config(config.clone()).connect() => connected?,
+        connected = Builder::new().config(config.clone()).connect() => {
+            connected.map_err(|error| args.shards.connect_failure(&error))?
+        }
         signal = ending.next() => return Ok(signal.exit_code),
     };
     let agent = Arc::new(Agent::new(locks, args.limits.clone(), access, Defaults::new(config)));
@@ -131,7 +133,10 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     service::ready();
 
     let signal = serve_until_signal(&args, &agent, &mut ending, &mut hangup).await;
-    output::eprint(format_args!("{}: shutting down", signal.name));
+    output::eprint(format_args!(
+        "{}: shutting down; no more locks are granted",
+        signal.name
+    ));
     service::stopping();
     // Ending the tasks closes the sockets. Clients get an error that they understand.
     for task in accepting {
@@ -200,15 +205,27 @@ fn reload(args: &Args, agent: &Agent) {
 /// Waits until no lock is held, the limit has passed, or another signal arrives.
 async fn drain(args: &Args, agent: &Agent, ending: &mut Signals) {
     agent.enter(Phase::Draining);
+    let held = agent.held.count();
+    if held > 0 && !args.drain.is_zero() {
+        let (locks, limit) = (locks(held), humantime::format_duration(args.drain));
+        output::eprint(format_args!(
+            "waiting up to {limit} for the release of {locks}; another signal ends the wait"
+        ));
+    }
     let reason = tokio::select! {
         () = agent.held.wait_until_empty() => return,
         () = tokio::time::sleep(args.drain) => "the limit of --drain has passed",
         signal = ending.next() => signal.name,
     };
-    let held = agent.held.count();
-    output::eprint(format_args!(
-        "{reason}: {held} locks are released although they are held"
-    ));
+    let locks = locks(agent.held.count());
+    output::eprint(format_args!("{reason}: releasing {locks} still held"));
+}
+
+fn locks(count: usize) -> String {
+    match count {
+        1 => "1 lock".to_owned(),
+        _ => format!("{count} locks"),
+    }
 }
 
 /// Accepts connections until the task is aborted.

@@ -44,7 +44,13 @@ pub(super) async fn print(
         .map(|unavailable| format!("{} is unavailable: {}", unavailable.label, unavailable.reason))
         .collect();
     if unavailable.len() == count {
-        return Err(Failure::new(exit::UNAVAILABLE, anyhow!(unavailable.join("; "))));
+        return Err(Failure::new(
+            exit::UNAVAILABLE,
+            anyhow!(
+                "{}; give the address of a process that serves metrics, or a --shard",
+                unavailable.join("; ")
+            ),
+        ));
     }
     if is_json {
         output::print_json(&json::document(&model, views, now))?;

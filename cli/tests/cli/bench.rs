@@ -99,7 +99,7 @@ fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
 }
 
 #[test]
-fn tasks_of_a_process_hand_on_without_the_server() {
+fn tasks_of_a_process_hand_off_without_the_server() {
     let figures = figures(&["--processes", "2", "--tasks", "32", "--duration", "1s"]);
     let locks = number(&figures, "/locks");
     assert!(number(&figures, "/handoffs/local") > 0.9 * locks, "{figures}");
@@ -120,7 +120,7 @@ fn figures_with_writers(args: &[&str]) -> Value {
 }
 
 #[test]
-fn readers_hold_the_key_together_and_the_waits_of_writers_are_told_apart() {
+fn readers_share_the_key_and_waits_of_writers_are_reported_separately() {
     let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "2s"];
     let figures = figures_with_writers(&[&load[..], &["--shared", "0.8"]].concat());
     let (locks, seconds) = (number(&figures, "/locks"), number(&figures, "/seconds"));
@@ -137,7 +137,7 @@ fn readers_hold_the_key_together_and_the_waits_of_writers_are_told_apart() {
 }
 
 #[test]
-fn permits_are_in_use_up_to_their_number() {
+fn permits_are_used_up_to_their_limit() {
     let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "2s"];
     let figures = figures(&[&load[..], &["--permits", "3"]].concat());
     let rate = number(&figures, "/locks_per_s");
@@ -148,7 +148,7 @@ fn permits_are_in_use_up_to_their_number() {
 }
 
 #[test]
-fn locks_are_either_shared_in_part_or_permits() {
+fn shared_and_permits_exclude_each_other_and_have_bounds() {
     for (args, problem) in [
         (&["--shared", "0.5", "--permits", "2"][..], "cannot be used with"),
         (&["--shared", "1.5"], "from 0 to 1"),
@@ -162,7 +162,7 @@ fn locks_are_either_shared_in_part_or_permits() {
 
 /// The agent counts the paths of locks itself, so their sum differs a little from the tasks' count.
 #[test]
-fn workers_of_an_agent_hand_on_without_the_server() {
+fn workers_of_an_agent_hand_off_without_the_server() {
     let server = RedisServer::start();
     let args = ["--agent", "--processes", "4", "--tasks", "2", "--duration", "1s"];
     for shard in [&["--shard", "memory://"][..], &["--shard", &server.url()], &[]] {
@@ -207,7 +207,7 @@ fn an_agent_that_can_not_start_ends_the_bench() {
 }
 
 #[test]
-fn leases_that_linger_cost_the_server_next_to_nothing() {
+fn lingering_leases_cost_the_server_almost_nothing() {
     let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
     let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "1s"]].concat());
     // Each lock comes from the process's own lingering lease, which counts as a local hand-off. The
@@ -218,7 +218,7 @@ fn leases_that_linger_cost_the_server_next_to_nothing() {
 }
 
 #[test]
-fn each_task_has_its_own_key_if_there_are_as_many_keys() {
+fn each_task_has_its_own_key_with_as_many_keys_as_tasks() {
     let figures = figures(&["--processes", "2", "--tasks", "4", "--keys", "8", "--duration", "1s"]);
     assert_eq!(
         number(&figures, "/handoffs/uncontended"),
@@ -257,7 +257,7 @@ fn skewed_keys_are_contended_more_than_even_ones() {
 }
 
 #[test]
-fn shards_that_do_not_tell_have_null_for_the_server() {
+fn server_figures_are_null_for_shards_without_statistics() {
     let figures = figures(&[
         "--processes",
         "1",
@@ -276,7 +276,7 @@ fn shards_that_do_not_tell_have_null_for_the_server() {
 }
 
 #[test]
-fn the_picture_is_svg_and_the_table_names_what_was_asked_for() {
+fn plot_is_svg_and_the_table_describes_the_load() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("waits.svg");
     let servers = temp.path().join("servers");
@@ -422,7 +422,7 @@ fn interrupt_ends_the_bench_early_with_what_was_measured() {
 }
 
 #[test]
-fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
+fn killed_server_fails_locks_and_sets_the_exit_code() {
     let server = RedisServer::start();
     let mut command = bare(&[
         "bench",
@@ -447,7 +447,7 @@ fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
 
 /// Without this, the longest waits would be missing: those during which a server did not answer.
 #[test]
-fn a_wait_goes_on_through_errors() {
+fn wait_is_measured_across_failed_requests() {
     const STANDSTILL: Duration = Duration::from_secs(3);
     let server = RedisServer::start();
     let before = server.calls("info");

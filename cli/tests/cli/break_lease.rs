@@ -22,7 +22,7 @@ fn holders(server: &RedisServer, key: &str) -> Vec<String> {
 }
 
 #[test]
-fn nothing_is_broken_without_the_present_owner() {
+fn break_requires_the_current_owner() {
     let server = RedisServer::start();
     let holder = Holder::with(&server, &PATIENT, "k");
     let waiter = Run::start(patient(&server, &["exec", "k", "true"]));
@@ -56,7 +56,7 @@ fn nothing_is_broken_without_the_present_owner() {
 }
 
 #[test]
-fn a_broken_command_is_ended_by_its_next_renewal() {
+fn command_with_a_broken_lease_ends_at_its_next_renewal() {
     let server = RedisServer::start();
     let mut holder = Run::start(patient(&server, &["exec", "--ttl", "3s", "k", "sleep", "600"]));
     wait_until("the command has the lock", PATIENCE, || is_held(&server, "k"));
@@ -100,7 +100,7 @@ fn holders_of_a_key_are_broken_one_at_a_time() {
 
 /// The message shows what does not do anything to a terminal, and the owner is named like that.
 #[test]
-fn owner_that_can_not_be_printed_is_named_as_it_is_shown() {
+fn unprintable_owner_is_accepted_in_its_escaped_form() {
     let server = RedisServer::start();
     server.command(&["SET", "lock:k", "\u{1}\u{1b}[31mred"]);
     let ended = run(patient(&server, &["break", "k"]));

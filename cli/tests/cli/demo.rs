@@ -209,7 +209,7 @@ fn a_demo_that_is_interrupted_leaves_nothing() {
 }
 
 #[test]
-fn a_load_goes_on_until_it_is_stopped_and_says_where_its_metrics_are() {
+fn load_runs_until_stopped_and_lists_its_metrics_endpoints() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("targets.json");
     let demo = Demo::start_with(&["--load", "--targets", file.to_str().unwrap()]);
@@ -261,7 +261,7 @@ fn counted(page: &str, texts: &[&str]) -> f64 {
 }
 
 #[test]
-fn a_worker_that_dies_ends_the_demo_with_an_error_that_says_so() {
+fn worker_that_dies_ends_the_demo_with_an_error() {
     let demo = Demo::start(&["--seconds", "30"]);
     let descendants = demo.descendants();
     let worker = descendants
@@ -296,7 +296,7 @@ fn killed_demo_leaves_no_running_process() {
 }
 
 #[test]
-fn a_server_that_is_missing_is_an_error_that_says_how_to_get_one() {
+fn missing_server_is_an_error_that_explains_how_to_get_one() {
     let output = bare(&["demo"]).env("PATH", "/nowhere").output().unwrap();
     assert!(!output.status.success());
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -29,7 +29,7 @@ fn a_free_key_has_no_holder() {
 }
 
 #[test]
-fn a_held_key_has_a_holder_a_token_and_those_who_wait_in_their_order() {
+fn held_key_has_a_holder_a_token_and_its_waiters_in_order() {
     let server = RedisServer::start();
     let holder = Holder::of(&server, "k");
     let mut waiters = Vec::new();
@@ -63,14 +63,14 @@ fn a_held_key_has_a_holder_a_token_and_those_who_wait_in_their_order() {
 }
 
 #[test]
-fn a_holder_of_another_library_is_told_apart() {
+fn holder_of_another_library_is_shown_as_such() {
     let server = RedisServer::start();
     server.command(&["SET", "lock:k", "their-own-value"]);
     let seen = json(tool(&server, &["inspect", "k", "--json"]));
     let expected = json!({ "owner": "their-own-value", "is_manager": false, "remaining_ms": null });
     assert_eq!(seen["holder"], expected);
     let text = run(tool(&server, &["inspect", "k"])).stdout;
-    assert!(text.contains("never ends"), "{text}");
+    assert!(text.contains("never expires"), "{text}");
 }
 
 /// A value that a hostile client might store. Printed raw, it would clear the screen, change its
@@ -150,7 +150,7 @@ fn messages_of_a_server_can_not_forge_lines_of_the_log() {
 }
 
 #[test]
-fn a_server_that_is_gone_can_not_be_looked_at() {
+fn inspect_fails_if_the_server_is_down() {
     let server = RedisServer::start();
     server.kill();
     let ended = run(tool(&server, &["inspect", "k"]));
@@ -215,7 +215,7 @@ fn flags_override_the_environment_and_that_overrides_the_file() {
 }
 
 #[test]
-fn argument_that_nothing_would_read_is_an_error() {
+fn unused_argument_is_an_error() {
     let shard = "redis://127.0.0.1:1";
     let wrong: [(&[&str], &str); 7] = [
         (&["slot", "k", "--set", "ttl=1s", "--set", "ttl=2s"], "\"ttl\" twice"),
@@ -245,7 +245,7 @@ fn argument_that_nothing_would_read_is_an_error() {
 }
 
 #[test]
-fn the_version_is_told() {
+fn version_is_printed() {
     let ended = run(bare(&["--version"]));
     let expected = format!("shardlock {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!((ended.code, ended.stdout), (0, expected));

@@ -83,7 +83,7 @@ fn a_list_is_limited_and_reports_that_there_is_more() {
     // The search has ended with the limit.
     assert!(server.calls("scan") <= 2, "{}", server.calls("scan"));
     let ended = run(patient(&server, &["ls", "--limit", "2"]));
-    assert!(ended.stdout.contains("and perhaps more: "), "{ended:?}");
+    assert!(ended.stdout.contains("the list may be incomplete: "), "{ended:?}");
     assert_eq!((ended.code, ended.stdout.lines().count()), (0, 4), "{ended:?}");
     let ended = run(patient(&server, &["ls", "--scan", "200", "one"]));
     assert!(ended.stdout.contains("a larger --limit or --scan"), "{ended:?}");
@@ -131,7 +131,7 @@ fn keys_of_the_other_shards_are_listed_if_one_can_not_be_read() {
     let ended = run(command(&["ls", "no-such-prefix"]));
     assert_eq!(
         (ended.code, ended.stdout.as_str()),
-        (69, "no held key was found\n"),
+        (69, "no held key that begins with \"no-such-prefix\" was found\n"),
         "{ended:?}"
     );
 }

@@ -11,8 +11,8 @@ use tempfile::TempDir;
 use support::process::Process;
 use support::{PATIENCE, RedisServer, wait_until};
 
-/// How long the tool waits for an answer of a server unless a test says otherwise. On a busy machine
-/// the second that is the default may pass before a healthy server gets to run.
+/// How long the tool waits for an answer of a server, unless a test sets it. On a busy machine, the
+/// default of a second may pass before a healthy server gets to run.
 const STORE_TIMEOUT: &str = "4s";
 
 /// The tool with these arguments and no `SHARDLOCK_*` variables but the one for busy machines.

@@ -33,7 +33,7 @@ fn the_module_passes_its_tests() {
 }
 
 #[test]
-fn the_end_of_the_agent_is_the_loss_of_its_locks() {
+fn killed_agent_is_reported_as_the_loss_of_its_locks() {
     let server = RedisServer::start();
     let mut agent = Agent::start(&server);
     let dir = node_folder();

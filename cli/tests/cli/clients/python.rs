@@ -70,7 +70,7 @@ asyncio.run(main())
 ";
 
 #[test]
-fn the_end_of_the_agent_is_the_loss_of_its_locks() {
+fn killed_agent_is_reported_as_the_loss_of_its_locks() {
     for code in [BLOCKING, ASYNCHRONOUS] {
         let server = RedisServer::start();
         let mut agent = Agent::start(&server);

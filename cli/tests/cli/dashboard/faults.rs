@@ -33,6 +33,9 @@ pub(crate) struct Fault {
     pub(crate) inject: fn(&Environment),
     /// Whether the fault is injected repeatedly until it shows.
     pub(crate) is_repeated: bool,
+    /// Injected again after this time without a sign: a busy machine may miss the time in which a
+    /// sign can be seen.
+    pub(crate) again_after: Option<Duration>,
     /// Whether nothing else causes the same sign, however busy the machine is.
     pub(crate) is_unmistakable: bool,
     pub(crate) mend: fn(&Environment),
@@ -58,6 +61,7 @@ const PLAIN: Fault = Fault {
     shown_by: &[],
     inject: |_| {},
     is_repeated: false,
+    again_after: None,
     is_unmistakable: false,
     mend: |_| {},
 };
@@ -152,6 +156,7 @@ pub(crate) const FAULTS: &[Fault] = &[
             });
             kill_process(worker, Signal::CONT).expect("resume a worker");
         },
+        again_after: Some(Duration::from_secs(8)),
         ..PLAIN
     },
     Fault {

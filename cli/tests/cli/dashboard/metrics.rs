@@ -150,7 +150,7 @@ fn labels_left(expression: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_series_has_the_labels_that_it_is_asked_by() {
+fn every_series_has_the_labels_its_queries_use() {
     let dashboard = Dashboard::read();
     let panels = dashboard.panels.iter().chain(&dashboard.annotations);
     let asked = panels.flat_map(|panel| panel.targets.iter().map(|target| (&panel.title, &target.expression)));
@@ -187,7 +187,7 @@ fn every_series_has_the_labels_that_it_is_asked_by() {
 
 /// A series for each class or shard is recorded where a panel would read many buckets.
 #[test]
-fn quantiles_by_class_and_by_request_are_recorded_ones() {
+fn quantiles_by_class_or_request_use_recording_rules() {
     for panel in &Dashboard::read().panels {
         for target in &panel.targets {
             let by = groups(&target.expression);
@@ -205,7 +205,7 @@ fn quantiles_by_class_and_by_request_are_recorded_ones() {
 const HAND_OFFS: &str = "Round trip of hand-off requests";
 
 #[test]
-fn a_legend_names_labels_that_are_left() {
+fn legends_name_only_labels_of_the_result() {
     let dashboard = Dashboard::read();
     for panel in dashboard.panels.iter().chain(&dashboard.annotations) {
         for target in &panel.targets {
@@ -259,7 +259,7 @@ fn every_metric_is_on_the_dashboard_or_left_out_for_a_reason() {
 }
 
 #[test]
-fn every_panel_says_what_it_means_and_what_to_do() {
+fn every_panel_has_a_unique_title_and_a_description() {
     let mut titles = BTreeSet::new();
     for panel in &Dashboard::read().panels {
         assert!(

@@ -28,13 +28,13 @@ fn check(what: &str, at: Option<&Path>) -> Output {
 }
 
 #[test]
-fn the_dashboard_is_as_the_model_wants_it_and_as_it_is_made() {
+fn dashboard_fits_the_model_and_is_up_to_date() {
     let output = check("--check", None);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
-fn a_misspelt_field_is_an_error_that_says_where() {
+fn misspelt_field_is_an_error_with_its_location() {
     let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(definition::file()).unwrap()).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
     let place = |kind: &str| panels.iter().position(|panel| panel["type"] == kind).unwrap();
@@ -81,7 +81,7 @@ fn a_misspelt_field_is_an_error_that_says_where() {
 }
 
 #[test]
-fn the_provisioning_files_have_what_grafana_knows_and_a_misspelt_field_is_an_error() {
+fn provisioning_files_are_valid_and_a_misspelt_field_is_an_error() {
     let output = check("--provisioning", None);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 

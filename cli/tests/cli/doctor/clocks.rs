@@ -11,7 +11,7 @@ use super::good_and;
 use super::report::doctor;
 
 #[test]
-fn a_clock_that_is_wrong_is_warned_of() {
+fn wrong_clock_is_a_warning() {
     let clock = OtherClock::build();
     let server = RedisServer::start_in(&clock.settable(), &GOOD);
     let report = doctor(&[&server.url()], &[]);
@@ -51,7 +51,7 @@ fn nodes_whose_clocks_differ_are_named() {
 }
 
 #[test]
-fn a_server_that_is_too_far_away_for_the_ttl_is_told_by_what_was_measured() {
+fn measured_round_trip_is_compared_with_the_ttl() {
     let server = good_and(&[]);
     let proxy = Proxy::start(server.address());
     proxy.slow_down(Duration::from_millis(60));

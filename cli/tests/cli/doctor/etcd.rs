@@ -21,7 +21,7 @@ async fn revision(etcd: &Etcd) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn healthy_cluster_has_no_problems_and_is_left_as_it_is() {
+async fn healthy_cluster_has_no_problems_and_is_left_unchanged() {
     let etcd = Etcd::start_members(3).await;
     let (keys, before) = (etcd.keys().await, revision(&etcd).await);
     let report = examine(&etcd.url(), &[]);
@@ -113,7 +113,7 @@ async fn members_that_are_down_are_a_warning_and_without_a_majority_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_hangs_is_told_within_the_time_limit() {
+async fn hung_member_is_reported_within_the_time_limit() {
     let etcd = Etcd::start().await;
     etcd.stop(0);
     let report = examine(&etcd.url(), &["--set", "store_timeout=500ms"]);
@@ -160,14 +160,14 @@ async fn another_shard_map_is_an_error_that_shows_both() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_ttl_that_etcd_does_not_give_is_warned_of() {
+async fn ttl_that_etcd_can_not_grant_is_a_warning() {
     let etcd = Etcd::start().await;
     let report = examine(&etcd.url(), &["--set", "ttl=1500ms", "--set", "store_timeout=650ms"]);
     report.has_only_problem("lease-ttl", "warning", &["ttl 1.5s", "set ttl to 2s or more"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn logins_and_permissions_that_are_wrong_are_told_apart() {
+async fn wrong_logins_and_permissions_are_distinguished() {
     let etcd = Etcd::start().await;
     let with = |user: &str| etcd.url().replacen("://", &format!("://{user}@"), 1);
     let report = examine(&with("u:s3cret"), &[]);
@@ -228,7 +228,7 @@ async fn logins_and_permissions_that_are_wrong_are_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn encryption_that_does_not_come_about_says_which_setting_to_look_at() {
+async fn failed_encryption_is_an_error_that_names_the_settings() {
     let etcd = Etcd::start_with_tls().await;
     let files = etcd.tls();
     let set = |name: &str, path: &std::path::Path| format!("{name}={}", path.display());

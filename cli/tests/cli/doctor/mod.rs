@@ -27,7 +27,7 @@ fn good_and(more: &[&str]) -> RedisServer {
 }
 
 #[test]
-fn a_good_server_has_nothing_to_complain_of_and_is_left_as_it_is() {
+fn healthy_server_has_no_problems_and_is_left_unchanged() {
     let server = good_and(&[]);
     let report = doctor(&[&server.url()], &[]);
     assert_eq!(report.problems(), BTreeMap::new(), "{:#}", report.json);
@@ -105,7 +105,7 @@ fn a_server_that_may_evict_locks_is_an_error() {
 }
 
 #[test]
-fn a_server_that_forgets_on_restart_is_warned_of() {
+fn server_without_persistence_is_a_warning() {
     let server = RedisServer::start();
     let report = doctor(&[&server.url()], &[]);
     report.has_only_problem(
@@ -117,7 +117,7 @@ fn a_server_that_forgets_on_restart_is_warned_of() {
 }
 
 #[test]
-fn settings_that_make_hand_offs_slow_are_told() {
+fn settings_that_slow_hand_offs_down_are_reported() {
     let server = good_and(&[
         "--client-output-buffer-limit",
         "pubsub 1mb 1mb 60",
@@ -312,14 +312,14 @@ fn a_server_that_is_down_or_hangs_is_an_error_within_the_time_limit() {
 }
 
 #[test]
-fn a_lease_that_is_shorter_than_the_answers_may_take_is_warned_of() {
+fn ttl_shorter_than_the_store_timeout_is_a_warning() {
     let server = good_and(&[]);
     let report = doctor(&[&server.url()], &["--set", "ttl=1s", "--set", "store_timeout=2s"]);
     report.has_only_problem("ttl", "warning", &["ttl 1s", "set store_timeout to less than the ttl"]);
 }
 
 #[test]
-fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_look_at() {
+fn failed_encryption_is_an_error_that_names_the_setting() {
     let server = good_and(&[]);
     let key = rcgen::KeyPair::generate().unwrap();
     let certificate = rcgen::CertificateParams::new(["127.0.0.1".to_owned()])
@@ -372,7 +372,7 @@ fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_lo
 }
 
 #[test]
-fn two_shards_at_one_place_are_an_error() {
+fn two_shards_with_the_same_address_are_an_error() {
     let server = good_and(&[]);
     let report = doctor(&[&server.url(), &format!("{}/0", server.url())], &[]);
     report.has_only_problem("shards", "error", &["shard-0 and shard-1 have the same address"]);
@@ -381,7 +381,7 @@ fn two_shards_at_one_place_are_an_error() {
 }
 
 #[test]
-fn a_store_in_memory_is_for_one_process() {
+fn memory_store_is_noted_as_limited_to_one_process() {
     let report = doctor(&["memory://"], &[]);
     assert_eq!((report.code, &report.one("memory-only")["level"]), (0, &"note".into()));
 }
@@ -400,7 +400,7 @@ fn invalid_arguments_and_settings_have_exit_codes_of_their_own() {
 }
 
 #[test]
-fn server_that_takes_no_more_connections_is_quoted() {
+fn connection_limit_of_the_server_is_reported() {
     let server = good_and(&["--maxclients", "1"]);
     let report = doctor(&[&server.url()], &[]);
     report.has_only_problem(

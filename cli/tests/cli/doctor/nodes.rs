@@ -116,7 +116,7 @@ fn a_cluster_of_which_a_part_is_missing_is_an_error() {
 }
 
 #[test]
-fn quorum_node_without_persistence_is_noted_and_not_warned_of() {
+fn quorum_node_without_persistence_is_a_note_not_a_warning() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     let url = format!("redlock://{}", places.join(","));
@@ -138,7 +138,7 @@ fn quorum_node_without_persistence_is_noted_and_not_warned_of() {
 }
 
 #[test]
-fn nodes_of_another_map_are_told_one_by_one() {
+fn nodes_with_another_map_are_reported_individually() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     nodes[1].command(&["SET", "lock:%map", "v2 a:0-8191,b:8192-16383 here=a; node 2 of 3"]);
@@ -149,7 +149,7 @@ fn nodes_of_another_map_are_told_one_by_one() {
 }
 
 #[test]
-fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
+fn stored_map_of_a_quorum_node_must_match_its_number() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     // A different shard name is accepted, a different node number is not.
@@ -166,7 +166,7 @@ fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
 
 /// As in containers, where nodes announce addresses that are only reachable inside.
 #[test]
-fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
+fn unreachable_announced_address_is_reported_as_announced() {
     let cluster = Cluster::start(3, 0);
     let node = &cluster.nodes()[0];
     let port = free_port().to_string();

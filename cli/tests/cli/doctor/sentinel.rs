@@ -35,7 +35,7 @@ fn good(replicas: usize) -> Watched {
 
 /// Waits until the doctor's report satisfies the condition.
 #[track_caller]
-fn says(watched: &Watched, what: &str, mut condition: impl FnMut(&Report) -> bool) -> Report {
+fn wait_for_report(watched: &Watched, what: &str, mut condition: impl FnMut(&Report) -> bool) -> Report {
     let mut report = None;
     wait_until(what, PATIENCE, || {
         let now = doctor(&[&watched.url()], &[]);
@@ -47,10 +47,10 @@ fn says(watched: &Watched, what: &str, mut condition: impl FnMut(&Report) -> boo
 }
 
 #[test]
-fn a_good_primary_with_a_replica_and_its_sentinels_have_nothing_to_complain_of() {
+fn healthy_primary_replica_and_sentinels_have_no_problems() {
     let watched = good(1);
     let before = watched.primary().dbsize();
-    let report = says(&watched, "all is well", |report| report.code == 0);
+    let report = wait_for_report(&watched, "all is well", |report| report.code == 0);
     assert_eq!(report.problems(), BTreeMap::new(), "{:#}", report.json);
     let (primary, replica) = (watched.primary().address(), watched.replicas()[0].address());
     for (place, check) in [
@@ -111,7 +111,7 @@ fn too_few_sentinels_for_a_failover_are_an_error() {
     }
     // The remaining sentinel has to notice the loss first.
     let left = watched.sentinels()[0].address();
-    let report = says(&watched, "a majority is missing", |report| {
+    let report = wait_for_report(&watched, "a majority is missing", |report| {
         report.at(Some(&left), "quorum")["level"] == "error"
     });
     assert_eq!(report.code, 2);
@@ -131,11 +131,11 @@ fn too_few_sentinels_for_a_failover_are_an_error() {
 }
 
 #[test]
-fn a_primary_without_replicas_is_warned_of() {
+fn primary_without_replicas_is_a_warning() {
     let watched = good(1);
     let (primary, replica) = (watched.primary().address(), watched.replicas()[0].address());
     watched.replicas()[0].kill();
-    let report = says(&watched, "the replica is missing", |report| {
+    let report = wait_for_report(&watched, "the replica is missing", |report| {
         report.at(Some(&primary), "replicas")["level"] == "warning"
     });
     assert_eq!(report.code, 1, "{:#}", report.json);
@@ -152,12 +152,12 @@ fn a_primary_without_replicas_is_warned_of() {
 }
 
 #[test]
-fn a_primary_that_is_down_without_anybody_to_take_over_is_an_error() {
+fn primary_that_is_down_without_a_replica_to_promote_is_an_error() {
     let watched = good(1);
     let primary = watched.primary().address();
     watched.servers().iter().for_each(RedisServer::kill);
     let sentinel = watched.sentinels()[0].address();
-    let report = says(&watched, "the sentinel considers the primary down", |report| {
+    let report = wait_for_report(&watched, "the sentinel considers the primary down", |report| {
         report.at(Some(&sentinel), "primary")["level"] == "error"
     });
     assert_eq!(report.code, 2);

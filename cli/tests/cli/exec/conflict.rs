@@ -84,7 +84,7 @@ fn commands_under_one_lock_exclude_each_other() {
 }
 
 #[test]
-fn a_signal_while_waiting_leaves_the_queue() {
+fn wait_ended_by_a_signal_leaves_the_queue() {
     let server = RedisServer::start();
     let holder = Holder::of(&server, "k");
     for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 129)] {

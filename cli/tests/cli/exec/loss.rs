@@ -61,7 +61,7 @@ fn a_loss_never_looks_like_a_success_of_the_command() {
 }
 
 #[test]
-fn a_lock_that_was_taken_is_left_to_who_took_it() {
+fn taken_lock_is_left_to_its_new_holder() {
     let server = RedisServer::start();
     let (run, child) = start(&server, &["--ttl", "1s"], "echo $$ > pid; cat");
     server.command(&["SET", "lock:k", "somebody else"]);

@@ -9,7 +9,7 @@ use support::{PATIENCE, RedisServer, wait_until};
 use crate::tool::{Notes, Run, run, tool};
 
 #[test]
-fn metrics_are_served_at_the_address_that_is_told() {
+fn metrics_are_served_at_the_printed_address() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let mut command = tool(
@@ -50,7 +50,7 @@ fn a_command_does_not_inherit_the_address() {
 
 /// The jobs of one machine share the environment, but only the first one can bind the port.
 #[test]
-fn a_taken_address_of_the_environment_does_not_keep_the_command_from_running() {
+fn unusable_metrics_address_is_fatal_only_on_the_command_line() {
     let server = RedisServer::start();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap().to_string();

@@ -36,6 +36,12 @@ fn three_hosts_run_a_short_job_once() {
     assert_eq!(codes, [0, 1, 1]);
     assert_eq!(fs::read_to_string(notes.path("log")).unwrap(), "ran\n");
     assert!(is_held(&server, "k"));
+    let inspected = run(tool(&server, &["inspect", "k"])).stdout;
+    assert!(
+        inspected.contains("kept by min_hold, its holder has released it; its lease ends in "),
+        "{inspected}"
+    );
+    assert!(!inspected.contains("unless renewed"), "{inspected}");
 }
 
 #[test]
@@ -52,7 +58,7 @@ fn job_that_could_not_start_leaves_its_other_keys_free() {
 }
 
 #[test]
-fn the_next_one_gets_the_key_when_the_time_has_passed() {
+fn next_command_gets_the_key_after_the_min_hold() {
     let server = RedisServer::start();
     let started = Instant::now();
     let ended = run(tool(&server, &["exec", "--min-hold", "1500ms", "k", "true"]));
@@ -65,7 +71,7 @@ fn the_next_one_gets_the_key_when_the_time_has_passed() {
 }
 
 #[test]
-fn the_time_passes_however_the_command_or_the_tool_ends() {
+fn min_hold_applies_however_the_command_or_the_tool_ends() {
     let server = RedisServer::start();
     let started = |script: &str| {
         let notes = Notes::new();

@@ -28,7 +28,7 @@ fn shared_holders_run_together_and_keep_exclusive_ones_out() {
 }
 
 #[test]
-fn commands_share_as_many_permits_as_there_are() {
+fn commands_share_permits_up_to_their_limit() {
     let server = RedisServer::start();
     let holder = Holder::with(&server, &["--permits", "2/3"], "k");
     assert_eq!(tried(&server, &["--permits", "2/3"]), 42);
@@ -45,7 +45,7 @@ fn commands_share_as_many_permits_as_there_are() {
 }
 
 #[test]
-fn permits_that_make_no_sense_are_an_error_of_the_command_line() {
+fn invalid_permits_are_a_command_line_error() {
     let server = RedisServer::start();
     for (permits, names) in [
         ("3", "such as 1/10"),

@@ -32,7 +32,7 @@ fn a_command_that_is_killed_gives_128_and_the_signal() {
 }
 
 #[test]
-fn a_command_that_is_not_found_gives_127_and_one_that_is_not_executable_126() {
+fn missing_command_exits_with_127_and_a_non_executable_one_with_126() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let plain = notes.path("plain");
@@ -69,6 +69,70 @@ fn options_end_at_the_key() {
             "{ended:?}"
         );
     }
+}
+
+#[test]
+fn option_between_key_and_command_is_refused() {
+    for args in [
+        &["exec", "k", "-n", "--", "true"][..],
+        &["exec", "k", "--timeout", "2s", "true"],
+    ] {
+        let mut command = bare(args);
+        command.env("SHARDLOCK_SHARDS", "redis://127.0.0.1:1");
+        let ended = run(command);
+        assert_eq!(ended.code, 64, "{ended:?}");
+        let expected = format!("{} stands after the key k, where the command begins", args[2]);
+        assert!(ended.stderr.contains(&expected), "{ended:?}");
+    }
+    // A command may have such a name.
+    let server = RedisServer::start();
+    let ended = run(tool(&server, &["exec", "k", "--", "-n"]));
+    assert_eq!(ended.code, 127, "{ended:?}");
+}
+
+#[test]
+fn store_that_keeps_no_other_command_out_is_refused() {
+    let ended = run(bare(&["exec", "--shard", "memory://", "k", "--", "true"]));
+    assert_eq!(ended.code, 64, "{ended:?}");
+    assert!(ended.stderr.contains("would keep no other command out"), "{ended:?}");
+}
+
+#[test]
+fn retries_to_connect_count_as_waiting() {
+    let ended = run(bare(&[
+        "exec",
+        "--shard",
+        "redis://127.0.0.1:1",
+        "-w",
+        "1s",
+        "k",
+        "--",
+        "true",
+    ]));
+    assert_eq!(ended.code, 69, "{ended:?}");
+    let (_, waited) = ended
+        .stderr
+        .trim_end()
+        .rsplit_once("(waited ")
+        .expect("the time waited");
+    let waited = waited.trim_end_matches(')');
+    let millis = match waited.strip_suffix("ms") {
+        Some(millis) => millis.parse::<f64>().unwrap(),
+        None => 1e3 * waited.trim_end_matches('s').parse::<f64>().unwrap(),
+    };
+    // A pause that would be too long is not begun, so the last attempt may be some time before the
+    // limit. It alone takes less than a millisecond.
+    assert!(millis > 100.0, "{ended:?}");
+}
+
+#[test]
+fn files_of_the_environment_that_are_missing_are_no_mistake_of_the_command_line() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "--", "true"]);
+    command.env("SHARDLOCK_PASSWORD_FILE", "/no/such/file");
+    let ended = run(command);
+    assert_eq!(ended.code, 78, "{ended:?}");
+    assert!(ended.stderr.contains("/no/such/file"), "{ended:?}");
 }
 
 #[test]
@@ -272,7 +336,7 @@ fn variables_without_a_value_count_as_unset() {
 }
 
 #[test]
-fn a_level_of_logging_that_is_not_known_does_not_keep_the_command_from_running() {
+fn unknown_log_level_does_not_keep_the_command_from_running() {
     let server = RedisServer::start();
     let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
     command.env("SHARDLOCK_LOG", "verbose");
@@ -282,7 +346,7 @@ fn a_level_of_logging_that_is_not_known_does_not_keep_the_command_from_running()
 }
 
 #[test]
-fn a_pod_beside_services_with_our_name_runs_its_command() {
+fn service_variables_of_kubernetes_do_not_keep_the_command_from_running() {
     let server = RedisServer::start();
     let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
     command

@@ -115,7 +115,7 @@ fn a_waiting_tool_that_is_killed_leaves_the_queue() {
 }
 
 #[test]
-fn a_signal_to_end_reaches_what_has_left_the_group_and_a_kill_what_ignores_it() {
+fn term_and_then_kill_reach_processes_outside_the_group() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let script = "
@@ -232,7 +232,7 @@ const KEPT: &str = "runs as another user and can't be signalled; the lock is kep
 const LOST: &str = "runs as another user and can't be signalled; it continues without the lock";
 
 #[test]
-fn a_command_of_another_user_keeps_the_lock_through_the_grace_and_it_is_reported() {
+fn command_of_another_user_keeps_the_lock_through_the_grace_and_is_reported() {
     let Some(unprivileged) = Unprivileged::new() else {
         return;
     };
@@ -263,7 +263,7 @@ fn a_command_of_another_user_keeps_the_lock_after_its_tool_was_killed() {
 }
 
 #[test]
-fn a_command_of_another_user_is_reported_to_run_on_without_a_lock_that_was_lost() {
+fn command_of_another_user_is_reported_as_running_without_its_lost_lock() {
     for (options, reason) in [
         (&["--ttl", "500ms", "--kill-after", "200ms"][..], "lost"),
         (

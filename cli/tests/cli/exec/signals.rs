@@ -50,7 +50,7 @@ fn each_signal_is_forwarded_to_the_command() {
 }
 
 #[test]
-fn a_signal_reaches_what_the_command_has_started() {
+fn signal_reaches_child_processes_of_the_command() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let grandchild = "trap 'echo > told' USR1; echo $$ > grandchild; sh -c 'echo > ready; exec cat'; exit 0";
@@ -104,7 +104,7 @@ fn the_lock_is_kept_until_the_command_is_gone() {
 }
 
 #[test]
-fn a_command_that_ends_at_term_is_not_given_the_whole_grace() {
+fn grace_ends_early_if_the_command_ends_at_term() {
     let server = RedisServer::start();
     let notes = Notes::new();
     // Both processes end at once. One of them is therefore an orphan, which possibly only the tool
@@ -206,7 +206,7 @@ fn the_command_has_the_dispositions_that_the_tool_was_started_with() {
 }
 
 #[test]
-fn a_load_keeps_ignored_what_was_ignored_at_the_start() {
+fn demo_keeps_signals_ignored_that_were_ignored_at_the_start() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let script = "trap '' HUP; exec \"$0\" demo --seconds 30 --shard \"$SHARDLOCK_SHARDS\"";
@@ -225,10 +225,10 @@ fn a_load_keeps_ignored_what_was_ignored_at_the_start() {
 #[test]
 fn tests_of_the_tool_pass_with_signals_ignored() {
     let tests = [
-        "exec::conflict::a_signal_while_waiting_leaves_the_queue",
+        "exec::conflict::wait_ended_by_a_signal_leaves_the_queue",
         "exec::signals::each_signal_is_forwarded_to_the_command",
         "exec::signals::the_lock_is_kept_until_the_command_is_gone",
-        "exec::terminal::an_interrupt_from_the_keyboard_ends_the_command_and_its_script_hears_of_it",
+        "exec::terminal::keyboard_interrupt_ends_the_command_and_reaches_its_script",
     ];
     let mut command = std::process::Command::new("sh");
     command

@@ -28,7 +28,7 @@ impl Window {
 }
 
 #[test]
-fn the_command_reads_from_the_terminal_and_the_script_does_so_after_it() {
+fn command_and_then_its_script_read_from_the_terminal() {
     let server = RedisServer::start();
     let script = "\"$0\" exec k sh -c 'echo ask; read line; echo \"command: $line\"'; \
                   echo \"code $?\"; read line; echo \"script: $line\"";
@@ -43,7 +43,7 @@ fn the_command_reads_from_the_terminal_and_the_script_does_so_after_it() {
 }
 
 #[test]
-fn an_interrupt_from_the_keyboard_ends_the_command_and_its_script_hears_of_it() {
+fn keyboard_interrupt_ends_the_command_and_reaches_its_script() {
     let server = RedisServer::start();
     let script = "trap 'echo script: interrupted' INT; \
                   \"$0\" exec k sh -c 'echo ask; read line; echo no'; echo \"code $?\"";
@@ -87,7 +87,7 @@ fn a_pager_at_the_end_of_the_pipeline_reads_from_the_terminal() {
 }
 
 #[test]
-fn a_command_with_other_input_asks_on_the_terminal() {
+fn command_with_redirected_input_can_prompt_on_the_terminal() {
     let server = RedisServer::start();
     let script = "echo data | \"$0\" exec k sh -c 'read data; echo ask; read line < /dev/tty; echo \"$data: $line\"'; \
                   echo \"code $?\"";
@@ -134,7 +134,7 @@ fn a_command_that_is_stopped_keeps_its_lock() {
 }
 
 #[test]
-fn a_wait_that_is_stopped_from_the_keyboard_goes_on_when_its_shell_continues_it() {
+fn wait_stopped_from_the_keyboard_resumes_when_its_shell_continues_it() {
     let server = RedisServer::start();
     let holder = Holder::of(&server, "k");
     let script = "set -m; \"$0\" exec k sh -c 'echo ask; read line; echo \"command: $line\"'; \

@@ -233,7 +233,7 @@ fn lock_of_an_agent_is_reported() {
 }
 
 #[test]
-fn keys_make_names_that_are_safe_and_differ() {
+fn report_names_of_keys_are_safe_and_distinct() {
     let (server, reports) = (RedisServer::start(), Reports::new());
     let exec = |options: &[&str]| {
         let args = [&["exec", "--textfile", reports.text()], options, &["true"]].concat();

@@ -17,7 +17,7 @@ async fn manager(etcd: &Etcd) -> LockManager {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
+async fn tool_runs_commands_under_a_lock_and_inspects_the_lock() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
     let tool = |args: &[&str]| {

@@ -32,7 +32,7 @@ fn with_settings(store: &TestStore, args: &[&str]) -> Command {
 }
 
 on_each_store! { on(servers);
-    async fn a_command_runs_under_a_lock_that_others_see(store: &TestStore) {
+    async fn command_runs_under_a_lock_visible_to_other_managers(store: &TestStore) {
         let locks = store.manager().await;
         let guard = lock(&locks, "taken").await;
         let ended = run(with_settings(store, &["exec", "-n", "taken", "true"]));
@@ -52,7 +52,7 @@ on_each_store! { on(servers);
         store.is_clean().await;
     }
 
-    async fn what_is_held_in_the_shards_is_seen_without_an_endpoint(store: &TestStore) {
+    async fn top_shows_held_keys_without_an_admin_endpoint(store: &TestStore) {
         let locks = store.manager().await;
         let (taken, other) = (lock(&locks, "taken").await, lock(&locks, "{tag} 100%").await);
         let searched = run(with_settings(store, &["top", "--once", "--interval", "100ms"]));
@@ -123,7 +123,7 @@ on_each_store! { on(servers);
         store.is_clean().await;
     }
 
-    async fn the_demo_comes_to_its_result_and_leaves_nothing(store: &TestStore) {
+    async fn demo_completes_and_leaves_nothing(store: &TestStore) {
         let small = ["demo", "--json", "--processes", "2", "--tasks", "8", "--keys", "20", "--seconds", "0.5"];
         let shards = store.urls().iter().flat_map(|url| ["--shard", url]);
         let args: Vec<&str> = small.into_iter().chain(shards).collect();
@@ -140,7 +140,7 @@ on_each_store! { on(servers);
         assert_eq!(left, [""; 0]);
     }
 
-    async fn the_bench_asks_the_servers_for_what_they_did_and_leaves_nothing(store: &TestStore) {
+    async fn bench_reports_server_statistics_and_leaves_nothing(store: &TestStore) {
         let ended = run(with_settings(store, &["bench", "--json", "--processes", "2", "--tasks", "2", "--keys", "20", "--duration", "500ms"]));
         assert_eq!(ended.code, 0, "{}{}", ended.stdout, ended.stderr);
         let figures: Value = serde_json::from_str(&ended.stdout).expect("JSON");
@@ -155,7 +155,7 @@ on_each_store! { on(servers);
         assert_eq!(left, [""; 0]);
     }
 
-    async fn commands_that_only_look_store_no_map(store: &TestStore) {
+    async fn read_only_commands_store_no_map(store: &TestStore) {
         let commands: [&[&str]; 8] = [
             &["inspect", "k"],
             &["ls"],
@@ -176,7 +176,7 @@ on_each_store! { on(servers);
         assert!(!store.servers().maps(store.namespace()).is_empty());
     }
 
-    async fn shard_map_is_replaced_when_nobody_uses_it(store: &TestStore) {
+    async fn shard_map_is_replaced_only_while_unused(store: &TestStore) {
         let locks = store.manager().await;
         lock(&locks, "k").await.release().await.expect("release");
         let old = store.servers().maps(store.namespace());
@@ -221,7 +221,7 @@ on_each_store! { on(servers);
         assert_eq!(run(with_settings(store, &["exec", "k", "true"])).code, 78);
     }
 
-    async fn forced_shard_map_ends_the_locks_of_those_that_run(store: &TestStore) {
+    async fn forced_shard_map_ends_locks_of_running_managers(store: &TestStore) {
         let locks = store.manager().await;
         let guard = lock(&locks, "k").await;
         let more = RedisServer::start();
@@ -232,7 +232,7 @@ on_each_store! { on(servers);
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::ShardMap);
     }
 
-    async fn an_erased_namespace_is_as_new_but_for_its_tokens(store: &TestStore) {
+    async fn erased_namespace_keeps_only_its_token_counters(store: &TestStore) {
         let locks = store.manager().await;
         let guard = lock(&locks, "k").await;
         let token = guard.token();

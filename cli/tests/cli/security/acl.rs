@@ -189,7 +189,7 @@ pub(crate) fn additions() -> Vec<Vec<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rules_that_the_file_adds_are_known_to_the_server_and_another_database_needs_its_rule() {
+async fn added_rules_are_valid_and_another_database_needs_its_rule() {
     let server = RedisServer::start();
     let additions = additions();
     assert!(additions.len() >= 5, "{additions:?}");
@@ -215,7 +215,7 @@ async fn rules_that_the_file_adds_are_known_to_the_server_and_another_database_n
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_rules_serve_another_namespace_once_it_is_put_in() {
+async fn rules_work_for_another_namespace_if_its_name_is_substituted() {
     let server = RedisServer::start();
     let rules: Vec<String> = rules().iter().map(|rule| rule.replace("lock:", "jobs/")).collect();
     set_user(&server, &rules);
@@ -264,7 +264,7 @@ async fn missing_rule_is_named_by_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscription_that_is_refused_is_told_at_once() {
+async fn refused_subscription_is_reported_at_once() {
     let server = RedisServer::start();
     for missing in ["+subscribe", "&lock:in:*"] {
         let fewer: Vec<String> = rules().into_iter().filter(|rule| rule != missing).collect();
@@ -286,7 +286,7 @@ async fn a_subscription_that_is_refused_is_told_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_permission_that_is_taken_away_and_given_back_leaves_nobody_behind() {
+async fn waiter_is_served_after_a_permission_is_revoked_and_restored() {
     let server = RedisServer::start();
     let all = rules();
     set_user(&server, &all);
@@ -319,7 +319,7 @@ async fn a_permission_that_is_taken_away_and_given_back_leaves_nobody_behind() {
 /// Without permission to read it, no manager can tell whether a lease is lost: it stays valid for
 /// as long as it was extended.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_renewal_that_may_not_look_is_no_loss_yet() {
+async fn renewal_without_permission_to_read_is_no_loss_yet() {
     let server = RedisServer::start();
     set_user(&server, &rules());
     let ttl = Duration::from_secs(5);

@@ -114,7 +114,7 @@ pub(crate) async fn record(me: &worker::Current) {
                 Err(error) => recorder.note(&(error.to_string(), error)),
             }
         }
-        me.say("refused");
+        me.send("refused");
     }
 
     // The same beside the URL.
@@ -168,7 +168,7 @@ pub(crate) async fn record(me: &worker::Current) {
     if let Ok(guard) = soon("the lock", waiting).await.expect("a task") {
         recorder.note(&guard.release().await);
     }
-    me.say("locked");
+    me.send("locked");
     // The password is changed, and all clients are disconnected.
     server.command(&["CONFIG", "SET", "requirepass", "another"]);
     server.client_kill(ClientType::PubSub);
@@ -181,13 +181,13 @@ pub(crate) async fn record(me: &worker::Current) {
         }
     })
     .await;
-    me.say("the password is another");
+    me.send("the password is another");
     until("the refusal of the inbox", async || {
         recorder.recorded().contains("the inbox is refused")
     })
     .await;
     server.kill();
-    me.say("the server is gone");
+    me.send("the server is gone");
     let error = one.lock("k").timeout(SHORT_TTL).await.expect_err("no server");
     recorder.note(&(error.to_string(), &error));
     one.shutdown().await.ok();
@@ -199,7 +199,7 @@ pub(crate) async fn record(me: &worker::Current) {
         assert!(recorded.contains(sign), "{sign}: {recorded}");
     }
     assert_secret_is_kept("in the recorded output", &recorded);
-    me.say("recorded");
+    me.send("recorded");
 }
 
 mod tool {
@@ -216,7 +216,7 @@ mod tool {
     }
 
     #[test]
-    fn the_tool_shows_no_password_whatever_it_is_asked_and_however_much_it_logs() {
+    fn tool_shows_no_password_in_any_output_or_log() {
         let server = RedisServer::start_with(&["--requirepass", RIGHT.1]);
         let right = format!("redis://:{}@{}", RIGHT.0, server.address());
         let mut urls = hopeless_urls(&server);

@@ -64,7 +64,7 @@ async fn works(server: &TlsServer, make: impl Fn() -> Builder) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn locks_work_through_tls_with_an_authority_of_ones_own() {
+async fn locks_work_through_tls_with_a_private_authority() {
     let authority = Authority::create();
     let server = TlsServer::start(
         &authority,
@@ -79,7 +79,7 @@ async fn locks_work_through_tls_with_an_authority_of_ones_own() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
+async fn client_certificate_is_presented_if_the_server_requires_one() {
     let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), true, &[]);
     let client = authority.issue("client", &["client"]);
@@ -125,7 +125,7 @@ async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handshake_that_fails_says_what_to_do() {
+async fn error_of_a_failed_handshake_names_the_remedy() {
     let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &["localhost"]), false, &[]);
 
@@ -158,7 +158,7 @@ async fn a_handshake_that_fails_says_what_to_do() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_wrong_kind_of_port_is_said_in_words() {
+async fn wrong_kind_of_port_is_explained() {
     let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let plain = RedisServer::start();
@@ -175,7 +175,7 @@ async fn the_wrong_kind_of_port_is_said_in_words() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn files_that_are_missing_or_unfit_are_named_with_their_setting() {
+async fn missing_or_invalid_files_are_named_with_their_setting() {
     let authority = Authority::create();
     let (client, other) = (
         authority.issue("client", &["client"]),
@@ -256,7 +256,7 @@ async fn a_broken_connection_is_replaced_through_tls_too() {
 }
 
 #[test]
-fn the_tool_connects_through_tls_with_what_the_environment_names() {
+fn tool_connects_through_tls_with_files_from_the_environment() {
     let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), true, &[]);
     let client = authority.issue("client", &["client"]);
@@ -275,7 +275,7 @@ fn the_tool_connects_through_tls_with_what_the_environment_names() {
 /// The server that tests usually run supports TLS itself. A proxy is used only if the configured
 /// server does not.
 #[test]
-fn debians_server_speaks_tls_itself() {
+fn server_of_debian_supports_tls() {
     let usual = std::env::var_os("SHARDLOCK_REDIS_SERVER").is_none_or(|path| path == "/usr/bin/redis-server");
     assert!(has_tls() || !usual, "install Debian's redis-server");
 }
@@ -283,7 +283,7 @@ fn debians_server_speaks_tls_itself() {
 /// The application's choice of a cryptography provider is kept. Uses its own process, since the
 /// choice is process-wide.
 #[test]
-fn a_programs_own_choice_of_cryptography_stays() {
+fn cryptography_provider_of_the_application_is_kept() {
     let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let ca = authority.ca();
@@ -312,11 +312,11 @@ pub(crate) fn choose_and_lock(me: &worker::Current) {
     };
     tokio::runtime::Runtime::new().expect("a runtime").block_on(lock_once);
     let chosen = rustls::crypto::CryptoProvider::get_default().expect("a choice");
-    me.say(format!("locked with {} cipher suite", chosen.cipher_suites.len()));
+    me.send(format!("locked with {} cipher suite", chosen.cipher_suites.len()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_certificate_that_signs_itself_works_as_that_of_a_server_and_not_as_that_of_an_authority() {
+async fn self_signed_certificate_works_unless_it_claims_to_be_an_authority() {
     let authority = Authority::create();
     let own = authority.self_signed("own", &HOSTS, true);
     let server = TlsServer::start(&authority, &own, false, &[]);

@@ -161,7 +161,7 @@ fn several_connections_of_a_process_are_one_client() {
 
 /// However much there is, the page is bounded, and the totals are right.
 #[test]
-fn page_is_bounded_and_has_the_oldest() {
+fn page_is_bounded_and_lists_the_oldest_locks() {
     let server = RedisServer::start();
     let (agent, address) = agent_with_admin(&server, &["--max-locks", "2000"]);
     let mut client = agent.connect();
@@ -184,7 +184,7 @@ fn page_is_bounded_and_has_the_oldest() {
 }
 
 #[test]
-fn metrics_count_connections_requests_and_what_ended_with_a_connection() {
+fn metrics_count_connections_requests_and_disconnect_releases() {
     let server = RedisServer::start();
     let (agent, address) = agent_with_admin(&server, &["--max-connections", "2", "--max-request-bytes", "1024"]);
     let connections = "shardlock_agent_connections";

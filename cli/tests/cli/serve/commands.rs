@@ -72,7 +72,7 @@ fn a_lock_is_released_from_another_connection() {
 }
 
 #[test]
-fn a_held_lock_is_nil_for_those_who_do_not_wait_long_enough() {
+fn lock_of_a_held_key_replies_nil_after_the_timeout() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let (mut one, mut other) = (agent.connect(), agent.connect());
@@ -86,7 +86,7 @@ fn a_held_lock_is_nil_for_those_who_do_not_wait_long_enough() {
 }
 
 #[test]
-fn the_next_one_gets_the_lock_when_it_is_released() {
+fn next_waiter_gets_the_lock_when_it_is_released() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let (mut one, mut other) = (agent.connect(), agent.connect());
@@ -100,7 +100,7 @@ fn the_next_one_gets_the_lock_when_it_is_released() {
 /// Nobody works until the next holder knows. If the agent replied to the UNLOCK first, the process
 /// that sent it would take the processor from the one that has to enter.
 #[test]
-fn the_next_one_is_told_before_the_one_that_released() {
+fn next_holder_is_notified_before_the_releasing_client() {
     let server = RedisServer::start();
     let agent = Agent::with(&server, &["--threads", "1"]);
     let (mut holder, mut next) = (agent.connect(), agent.connect());
@@ -223,7 +223,7 @@ fn a_key_is_inspected_with_its_holder_and_queue() {
 }
 
 #[test]
-fn what_clients_send_at_connect_is_answered() {
+fn commands_that_clients_send_at_connect_are_answered() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let mut client = agent.connect();

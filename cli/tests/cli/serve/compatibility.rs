@@ -28,7 +28,7 @@ fn redis_cli(agent: &Agent) -> Command {
 }
 
 #[test]
-fn redis_cli_runs_a_command_as_it_is() {
+fn redis_cli_runs_commands_unmodified() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     for options in [&["-2"][..], &["-3"]] {
@@ -70,7 +70,7 @@ fn redis_cli_is_used_by_hand() {
 }
 
 #[test]
-fn a_client_library_connects_as_it_is() {
+fn client_library_connects_unmodified() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let socket = agent.socket.display();

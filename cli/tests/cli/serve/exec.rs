@@ -105,7 +105,7 @@ fn command_is_ended_when_the_agent_is_stopped_for_longer_than_the_ttl() {
 /// The agent answers late, and counts from the lease that it had when it was stopped. What it had
 /// answered before still holds, and so does the lock once it has been renewed.
 #[test]
-fn command_goes_on_when_the_agent_is_stopped_for_less_than_the_ttl() {
+fn command_continues_when_the_agent_is_stopped_for_less_than_the_ttl() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let (mut running, _notes, pid) = holder(&agent, &["--ttl", "9s"]);
@@ -137,7 +137,7 @@ fn stopped_agent_is_an_error_after_the_time_to_wait() {
 }
 
 #[test]
-fn refusal_of_the_server_is_no_mistake_of_the_command_line() {
+fn refusal_of_the_server_is_not_a_command_line_error() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     server.command(&["SET", "lock:k", "x"]);

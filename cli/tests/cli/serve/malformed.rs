@@ -97,7 +97,7 @@ fn requests_of_browsers_take_no_locks() {
 /// Lengths are compared with the limits before anything is allocated for them: the memory of the
 /// agent does not grow with what clients announce.
 #[test]
-fn announced_lengths_cost_no_memory() {
+fn announced_lengths_allocate_no_memory() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     agent.connect().text(&["PING"]);
@@ -208,7 +208,7 @@ fn clients_that_flood_do_not_starve_the_others() {
 
 /// A client that sends requests and reads no reply is not served, and costs no memory.
 #[test]
-fn a_client_that_reads_nothing_is_held_back() {
+fn client_that_reads_no_replies_is_throttled() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let mut client = agent.connect();

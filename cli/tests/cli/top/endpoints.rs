@@ -11,7 +11,7 @@ use super::load::{HOT, Load, STUCK};
 use super::{has, row, top};
 
 #[test]
-fn an_endpoint_that_goes_away_leaves_its_rows_and_is_seen_again_when_it_is_back() {
+fn rows_of_an_unavailable_endpoint_stay_until_it_returns() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, true);
     let terminal = top(&[&load.address]);
@@ -39,7 +39,7 @@ fn an_endpoint_that_goes_away_leaves_its_rows_and_is_seen_again_when_it_is_back(
 }
 
 #[test]
-fn an_endpoint_that_was_never_there_is_waited_for() {
+fn endpoint_may_become_available_after_the_start() {
     let server = RedisServer::start();
     let address = format!("127.0.0.1:{}", free_port());
     let terminal = top(&["--admin", &address]);
@@ -58,7 +58,7 @@ fn listen(answer: impl Fn(std::net::TcpStream) + Send + 'static) -> String {
 }
 
 #[test]
-fn an_endpoint_that_says_nothing_does_not_keep_the_keyboard_waiting() {
+fn silent_endpoint_does_not_block_the_keyboard() {
     let address = listen(|stream| {
         // Keep the connection open until the client closes it.
         thread::spawn(move || {
@@ -78,7 +78,7 @@ fn an_endpoint_that_says_nothing_does_not_keep_the_keyboard_waiting() {
 }
 
 #[test]
-fn nonsense_and_pages_without_an_end_are_refused_in_words() {
+fn invalid_and_endless_responses_are_errors_with_a_reason() {
     let answer = |response: &'static str, forever: bool| {
         listen(move |mut stream| {
             let mut request = [0; 4096];

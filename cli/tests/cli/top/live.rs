@@ -98,8 +98,8 @@ fn keys_sort_reverse_filter_and_pause() {
     terminal.types(" ");
     let paused = terminal.shows(" PAUSED");
     // Two rounds of work, each of which would be visible.
-    load.goes_on();
-    load.goes_on();
+    load.wait_for_progress();
+    load.wait_for_progress();
     assert_eq!(terminal.lines(), paused);
     // Commands work on the paused view.
     terminal.types("r");
@@ -112,7 +112,7 @@ fn keys_sort_reverse_filter_and_pause() {
 }
 
 #[test]
-fn another_size_of_the_window_is_filled_at_once() {
+fn resized_window_is_filled_at_once() {
     let server = RedisServer::start();
     let load = Load::start(&server, true);
     let terminal = top(&[&load.address]);
@@ -151,7 +151,7 @@ fn from_a_shell(script: &str, address: &str) -> (Terminal, String) {
 }
 
 #[track_caller]
-fn is_given_back(terminal: &Terminal, modes: &str) {
+fn assert_restored(terminal: &Terminal, modes: &str) {
     let screen = terminal.screen();
     assert!(
         !screen.alternate_screen() && !screen.hide_cursor(),
@@ -162,7 +162,7 @@ fn is_given_back(terminal: &Terminal, modes: &str) {
 }
 
 #[test]
-fn the_terminal_is_given_back_at_the_end() {
+fn terminal_is_restored_at_exit() {
     let server = RedisServer::start();
     let load = Load::start(&server, false);
     for key in ["q", "\x03"] {
@@ -174,12 +174,12 @@ fn the_terminal_is_given_back_at_the_end() {
         let lines = terminal.shows("code 0");
         // The previous content of the screen is restored, and nothing else is there.
         assert_eq!(lines[..3], ["ready", "go", "code 0"]);
-        is_given_back(&terminal, &modes);
+        assert_restored(&terminal, &modes);
     }
 }
 
 #[test]
-fn the_terminal_is_given_back_after_a_signal() {
+fn terminal_is_restored_after_a_signal() {
     let server = RedisServer::start();
     let load = Load::start(&server, false);
     for (signal, code) in [
@@ -206,12 +206,12 @@ fn top_is_stopped_and_continued_by_its_shell() {
     terminal.shows("locks/s");
     terminal.types("\x1a");
     terminal.shows("stopped ");
-    is_given_back(&terminal, &modes);
+    assert_restored(&terminal, &modes);
     terminal.types("go\n");
     terminal.until("the view is back", |lines| {
         has(lines, "locks/s") && terminal.screen().alternate_screen()
     });
     terminal.types("q");
     terminal.shows("code 0");
-    is_given_back(&terminal, &modes);
+    assert_restored(&terminal, &modes);
 }

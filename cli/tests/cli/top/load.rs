@@ -71,9 +71,9 @@ impl Load {
 
     /// Waits until the tasks have acquired some more locks.
     #[track_caller]
-    pub(crate) fn goes_on(&mut self) {
-        self.worker.send("go on");
-        assert_eq!(self.worker.line(), "went on");
+    pub(crate) fn wait_for_progress(&mut self) {
+        self.worker.send("continue");
+        assert_eq!(self.worker.line(), "continued");
     }
 }
 
@@ -100,7 +100,7 @@ pub(crate) fn run(me: &Current) {
                 ));
             }
         }
-        me.say(server.address().to_string());
+        me.send(server.address().to_string());
         let held = if me.var("SHARDLOCK_TEST_FIRST") == "true" {
             let stuck = locks.lock(STUCK).await.unwrap();
             Some((stuck, locks.lock(QUIET).await.unwrap()))
@@ -112,12 +112,12 @@ pub(crate) fn run(me: &Current) {
         }
         let me = me.clone();
         let hearing = tokio::task::spawn_blocking(move || {
-            while me.hear().is_some() {
+            while me.recv().is_some() {
                 let before = turns.load(Ordering::Relaxed);
                 wait_until("locks are acquired", PATIENCE, || {
                     turns.load(Ordering::Relaxed) > before + 50
                 });
-                me.say("went on");
+                me.send("continued");
             }
         });
         hearing.await.unwrap();

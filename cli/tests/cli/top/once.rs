@@ -12,7 +12,7 @@ fn lines(text: &str) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-fn nobody() -> String {
+fn unused_address() -> String {
     format!("127.0.0.1:{}", free_port())
 }
 
@@ -21,7 +21,7 @@ fn all_views_are_printed_with_rates_and_whole_keys() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, true);
     wait_until("all keys are contended", PATIENCE, || {
-        load.goes_on();
+        load.wait_for_progress();
         let seen = run(bare(&["top", "--view", "hot", "--interval", "100ms", &load.address]));
         [HOT, LONG, STUCK].iter().all(|key| seen.stdout.contains(key))
     });
@@ -69,7 +69,7 @@ fn all_views_are_printed_with_rates_and_whole_keys() {
 fn snapshot_is_printed_as_json() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, true);
-    let gone = nobody();
+    let gone = unused_address();
     let read = |load: &Load| {
         let args = ["top", "--once", "--json", "--interval", "100ms", &load.address, &gone];
         let ended = run(bare(&args));
@@ -82,7 +82,7 @@ fn snapshot_is_printed_as_json() {
     };
     let mut seen = Value::Null;
     wait_until("a key is contended", PATIENCE, || {
-        load.goes_on();
+        load.wait_for_progress();
         seen = read(&load);
         find(&seen, "hot", HOT).is_some_and(|hot| hot["contended_per_second"].is_f64())
             && find(&seen, "held", STUCK).is_some()
@@ -123,11 +123,11 @@ fn unavailable_endpoint_is_reported_and_sets_the_exit_code() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, false);
     wait_until("a key is contended", PATIENCE, || {
-        load.goes_on();
+        load.wait_for_progress();
         let seen = run(bare(&["top", "--view", "hot", "--interval", "100ms", &load.address]));
         seen.stdout.contains(HOT)
     });
-    let gone = nobody();
+    let gone = unused_address();
     // The shards in the environment do not matter if an address is given.
     let mut command = bare(&["top", "--once", &gone]);
     command
@@ -137,7 +137,10 @@ fn unavailable_endpoint_is_reported_and_sets_the_exit_code() {
     assert_eq!((ended.code, ended.stdout.as_str()), (69, ""), "{ended:?}");
     assert_eq!(
         ended.stderr,
-        format!("shardlock: {gone} is unavailable: connection refused\n")
+        format!(
+            "shardlock: {gone} is unavailable: connection refused; give the address of a process that serves metrics, or \
+             a --shard\n"
+        )
     );
     let ended = run(bare(&[
         "top",
@@ -158,7 +161,7 @@ fn unavailable_endpoint_is_reported_and_sets_the_exit_code() {
 }
 
 #[test]
-fn a_wrong_command_line_says_what_is_wrong() {
+fn error_of_a_wrong_command_line_names_the_mistake() {
     for (args, words) in [
         (&["https://a:1"][..], "plain HTTP"),
         (&["a:b"], "is not HOST:PORT"),

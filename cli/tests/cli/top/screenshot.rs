@@ -14,7 +14,7 @@ use crate::tool::bare;
 const FILE: &str = "SHARDLOCK_TEST_PICTURE";
 
 #[test]
-fn processes_are_shown_as_one_and_one_that_dies_is_named() {
+fn processes_are_merged_and_a_dead_one_is_named() {
     let server = RedisServer::start();
     let (one, mut two) = (Load::start(&server, true), Load::start(&server, false));
     let terminal = top(&[&one.address, "--admin", &two.address]);

@@ -72,7 +72,7 @@ fn keys_held_together_are_seen_with_their_mode_and_holders() {
 }
 
 #[test]
-fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
+fn search_reads_a_limited_number_of_keys_and_continues_where_it_ended() {
     let server = RedisServer::start();
     fill(&server, 20_000);
     let _holders = ["a", "b", "c"].map(|key| Holder::of(&server, key));
@@ -100,7 +100,7 @@ fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
 }
 
 #[test]
-fn a_named_key_is_shown_whether_it_is_used_or_not_and_nothing_is_searched() {
+fn named_key_is_shown_even_if_unused_and_without_a_search() {
     let server = RedisServer::start();
     let _holder = Holder::of(&server, "held");
     let ended = run(tool(

@@ -57,15 +57,15 @@ pub(crate) fn fight(me: &worker::Current) {
             thread::spawn(move || shared.work(index, rng))
         })
         .collect();
-    me.say("ready");
-    let line = me.hear();
+    me.send("ready");
+    let line = me.recv();
     assert_eq!(line.as_deref(), Some("end"), "a client does not know this");
     shared.over.store(true, Ordering::Relaxed);
     for thread in threads {
         thread.join().expect("a thread ends");
     }
     shared.journal.note(now(), 0, Event::Down);
-    me.say("ended");
+    me.send("ended");
 }
 
 impl Shared {
@@ -203,7 +203,7 @@ impl Acquisition<'_> {
                 return false;
             }
             Err(error) => {
-                self.failed(&in_a_word(&error));
+                self.failed(&one_word(&error));
                 return false;
             }
         };
@@ -214,7 +214,7 @@ impl Acquisition<'_> {
         let at = now();
         let mut held = Held { key, token, until: at };
         // Asked at that time, so the answer counts from then.
-        let asked = self.ask(&mut held, at, Instant::now() + REPLY_WITHIN);
+        let asked = self.query_held(&mut held, at, Instant::now() + REPLY_WITHIN);
         self.note(
             at,
             Event::Granted {
@@ -230,12 +230,12 @@ impl Acquisition<'_> {
         match loss {
             Ok(None) => {}
             Ok(Some(reason)) => {
-                self.told(reason);
+                self.note_loss(reason);
                 // An answer that is still to come would be taken for another one.
                 (is_open, is_told) = (reason != UNANSWERED, true);
             }
             Err(error) => {
-                self.told(&in_a_word(&error));
+                self.note_loss(&one_word(&error));
                 (is_open, is_told) = (false, true);
             }
         }
@@ -262,13 +262,13 @@ impl Acquisition<'_> {
         is_open
     }
 
-    fn told(&self, reason: &str) {
+    fn note_loss(&self, reason: &str) {
         let reason = reason.to_owned();
         self.note(now(), Event::Told { reason });
     }
 
     /// Asks until when the lock is certainly held.
-    fn ask(&mut self, held: &mut Held, at: Nanos, deadline: Instant) -> io::Result<Loss> {
+    fn query_held(&mut self, held: &mut Held, at: Nanos, deadline: Instant) -> io::Result<Loss> {
         let token = held.token.to_string();
         self.connection.send(&["HELD", &held.key, &token])?;
         loop {
@@ -314,7 +314,7 @@ impl Acquisition<'_> {
             if valid_for.is_zero() {
                 return Ok(Some("expired-unasked"));
             }
-            match self.ask(held, at, Instant::now() + valid_for)? {
+            match self.query_held(held, at, Instant::now() + valid_for)? {
                 None => self.note(at, Event::Valid { left: held.until - at }),
                 loss => return Ok(loss),
             }
@@ -360,7 +360,7 @@ fn loss_of(held: &Held, items: &[Reply]) -> Loss {
     known.into_iter().find(|known| known == reason).or(Some("unknown"))
 }
 
-fn in_a_word(error: &io::Error) -> String {
+fn one_word(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
             "disconnected".to_owned()

@@ -29,7 +29,7 @@ fn agent_withstands_each_fault() {
 /// `make chaos-agent`: runs rounds for the given number of minutes and prints a report. Does
 /// nothing unless `SHARDLOCK_TEST_CHAOS_MINUTES` is set.
 #[test]
-fn chaos_for_as_long_as_asked() {
+fn chaos_for_the_requested_time() {
     let Some(campaign) = Campaign::from_env() else { return };
     campaign.run(&["agent"], Path::new(KEEP_IN), &Crew::start);
 }

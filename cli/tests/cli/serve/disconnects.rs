@@ -16,7 +16,7 @@ fn client_process(agent: &Agent) -> worker::Worker {
 }
 
 #[test]
-fn the_lock_of_a_killed_process_goes_to_the_next_one_at_once() {
+fn lock_of_a_killed_process_goes_to_the_next_waiter_at_once() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let mut process = client_process(&agent);
@@ -105,7 +105,7 @@ fn a_waiter_that_disconnects_behind_many_commands_leaves_the_queue() {
 }
 
 #[test]
-fn commands_before_the_end_are_answered_and_none_waits() {
+fn commands_before_the_end_of_input_are_answered_without_waiting() {
     let server = RedisServer::start();
     let agent = Agent::start(&server);
     let mut client = agent.connect();
