@@ -110,4 +110,4 @@ protoc:
 	@scripts/ensure-protoc
 
 cargo:
-	@command -v cargo >/dev/null || { echo "cargo is not on the PATH: install Rust 1.88 or later, see https://rustup.rs" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo is not on the PATH: install Rust 1.89 or later, see https://rustup.rs" >&2; exit 1; }

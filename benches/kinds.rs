@@ -54,7 +54,7 @@ fn main() {
     );
     println!(
         "  {:<10}{:>18}{:>18}{:>18}{:>18}",
-        "", "take a free key", "give it back", "failed try", "hand-off"
+        "", "acquire, free key", "release", "failed try", "hand-off"
     );
     for (name, kind) in Kind::ALL.iter().filter(|(name, _)| *name != "mixed") {
         let store = TestStore::own(*kind);

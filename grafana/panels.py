@@ -165,9 +165,9 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Shards down",
-            "Shards whose last request from some process was not answered. The keys of these "
-            "shards can't be locked there: check the server, then the network in between, and run "
-            "`shardlock doctor`.",
+            "Shards that did not answer the last request of some process, or do not accept locks. "
+            "Their keys can't be locked there: check the server, then the network in between, and "
+            "run `shardlock doctor`.",
             [(f"sum(min by (shard) (shardlock_shard_up{{{SHARD}}}) == bool 0)", "down")],
             look=STAT,
             width=4,
@@ -519,7 +519,7 @@ MODES = Row(
         Panel(
             "Permits in use, share of the limit",
             "Near 1 for long while tasks wait for permits, the limit bounds the work: hold them for "
-            "less time, or raise the limit if what it protects bears that. A holder that died keeps "
+            "less time, or raise the limit if the protected resource can take it. A holder that died keeps "
             "its permits for up to a TTL, which this does not show.",
             [
                 (
@@ -539,8 +539,8 @@ REDIS = Row(
     [
         Panel(
             "Shards up",
-            "1 if the last request of every process to the shard was answered, 0 if that of any "
-            "process was not. At 0, the shard's keys can't be locked: check the server and the "
+            "1 if the shard answered the last request of every process and accepts locks, otherwise "
+            "0. At 0, the shard's keys can't be locked: check the server and the "
             "network, and run `shardlock doctor`.",
             [(f"min by (shard) (shardlock_shard_up{{{SHARD}}})", "{{shard}}")],
         ),
@@ -603,8 +603,8 @@ REDIS = Row(
         ),
         Panel(
             "Resubscriptions",
-            "Subscriptions that were cut off and renewed; waiters then repeat their requests and "
-            "rejoin at the end of the queue. If growing, raise client-output-buffer-limit pubsub, "
+            "Subscriptions that were cut off and restored. Waiters then repeat their requests; one "
+            "whose turn came meanwhile was skipped and rejoins at the end of the queue. If growing, raise client-output-buffer-limit pubsub, "
             "or look for a proxy that closes idle connections.",
             [(total(increase("shardlock_subscription_reconnects_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,

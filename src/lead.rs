@@ -49,6 +49,7 @@ impl Election {
         let request = LockRequest::new(manager, key)
             .timeout(None)
             .max_hold(None)
+            .min_hold(Duration::ZERO)
             .linger(Duration::ZERO)
             .class(CLASS);
         Self { request }

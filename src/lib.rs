@@ -244,7 +244,7 @@
 //! | `memory://[name]` | nothing | for tests |
 //!
 //! [`Endpoint`](config::Endpoint) describes the URLs in full. Within one process,
-//! `tokio::sync::Mutex` is several times as fast and can't be lost. If the data is in one SQL
+//! `tokio::sync::Mutex` is several times faster and can't be lost. If the data is in one SQL
 //! database, a row lock or an advisory lock there is simpler and safer.
 //!
 //! # Cancel safety

@@ -58,6 +58,9 @@ use crate::request::{LockRequest, TryLockRequest};
 /// one of the keys and then requests another one on its own can deadlock with such a request. Set a
 /// [`timeout`](Self::timeout) if you are not sure.
 ///
+/// The manager's [`min_hold`](crate::config::Config::min_hold) applies to each key once all of them
+/// are held.
+///
 /// # Cost
 ///
 /// A request takes one round trip per key instead of one. While it waits for a later key, it holds
@@ -97,6 +100,9 @@ pub struct LockAllRequest {
 
 /// A request for locks on several keys that returns `None` instead of waiting. See
 /// [`LockManager::try_lock_all`](crate::LockManager::try_lock_all).
+///
+/// Errors and cancel safety are those of [`LockAllRequest`], except that there is no
+/// [`Timeout`](crate::error::LockErrorKind::Timeout).
 #[must_use = "requests do nothing unless awaited"]
 #[derive(Debug, Clone)]
 pub struct TryLockAllRequest(LockAllRequest);

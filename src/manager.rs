@@ -96,6 +96,11 @@ impl LockManager {
     /// - [`LockErrorKind::Refused`] if the server refuses.
     /// - [`LockErrorKind::ShardMapMismatch`] if the shard is in use with another shard map.
     ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the connections that it opened are closed. A shard may have stored
+    /// the shard map already; nothing else is left behind.
+    ///
     /// [`LockErrorKind::Invalid`]: crate::error::LockErrorKind::Invalid
     /// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable
     /// [`LockErrorKind::Refused`]: crate::error::LockErrorKind::Refused
@@ -250,7 +255,8 @@ impl LockManager {
     ///
     /// A request waits in the order of all requests for the key, so one for many permits is not
     /// passed by those for few. A permit passes between tasks of a process that ask for the same
-    /// number without network traffic. A holder that dies gives its permits back after its TTL.
+    /// number without network traffic. The permits of a holder that dies become free after
+    /// its TTL.
     ///
     /// # Examples
     ///
@@ -410,6 +416,10 @@ impl LockManager {
     ///
     /// [`LockErrorKind::Invalid`] for a key outside its bounds, [`LockErrorKind::Unavailable`] or
     /// [`LockErrorKind::Refused`] if the shard does not answer.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future has no effect on any lock.
     ///
     /// [`LockErrorKind::Invalid`]: crate::error::LockErrorKind::Invalid
     /// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable

@@ -31,7 +31,6 @@ pub struct HotKey {
     pub acquired: u64,
     /// The most by which `contended` may be too large: a key that enters the list takes over the
     /// count of the key it replaces.
-    #[cfg_attr(feature = "serde", serde(rename = "error"))]
     pub overcount_max: u64,
     /// The number of tasks of this process that wait for the key now.
     pub waiters: usize,

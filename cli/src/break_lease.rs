@@ -46,7 +46,7 @@ they can hold it together. redlock:// and etcd:// shards refuse this, and the er
 Exit code:
   0   the lease was ended
   1   the owner does not hold the key; nothing was changed
-  64  the command line is wrong, or --owner is missing; nothing was changed
+  64  the command line is invalid, or --owner is missing; nothing was changed
   69  the shard is unreachable or refused the request
   78  the environment, the configuration file or the shard map is wrong";
 

@@ -50,7 +50,7 @@ majority of the nodes has a lease of it. If keys may be missing, the list ends w
 
 Exit code:
   0   the list was printed, and all shards were read
-  64  the command line is wrong
+  64  the command line is invalid
   69  a shard or one of its servers could not be read; the others are listed
   78  the environment, the configuration file or the shard map is wrong";
 

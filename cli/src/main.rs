@@ -44,7 +44,7 @@ Environment:
   SHARDLOCK_<SETTING>  any setting of the configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
   SHARDLOCK_AGENT      path of the agent's socket, for serve and exec
   SHARDLOCK_AGENT_PASSWORD, SHARDLOCK_AGENT_PASSWORD_FILE
-                       password of the agent, or a file whose first line it is, for exec
+                       the agent's password, or a file with the password in its first line, for exec
   SHARDLOCK_CONFIG     path of the configuration file
   SHARDLOCK_METRICS    address to serve metrics on, like --metrics; if it is unavailable, exec warns and runs anyway
   SHARDLOCK_LOG        log level on standard error: off, error, warn (the default), info, debug or trace

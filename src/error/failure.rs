@@ -97,7 +97,7 @@ pub(crate) enum Failure {
 
     #[error(
         "shard {shard} is in use with another shard map: the server has `{theirs}` under the key {map_key:?}, this manager has `{ours}`; give \
-         every manager the same shards in the same order, or, if the change is meant, stop all managers and replace the map with \
+         every manager the same shards in the same order, or, if the change is intended, stop all managers and replace the map with \
          `shardlock map set` (`shardlock map show` has the maps of all shards)"
     )]
     ShardMapMismatch {

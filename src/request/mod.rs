@@ -87,6 +87,9 @@ pub struct LockRequest {
 
 /// A request for a lock that returns `None` instead of waiting. See
 /// [`LockManager::try_lock`](crate::LockManager::try_lock).
+///
+/// Errors and cancel safety are those of [`LockRequest`], except that there is no
+/// [`Timeout`](crate::error::LockErrorKind::Timeout).
 #[must_use = "requests do nothing unless awaited"]
 #[derive(Debug, Clone)]
 pub struct TryLockRequest(LockRequest);

@@ -271,7 +271,7 @@ fn assert_noticed(flaw: Flaw, variant: Variant) {
     println!("{flaw:?} is noticed: {failure}");
 }
 
-/// A holder that died would keep its permits for ever.
+/// A holder that died would keep its permits forever.
 #[test]
 fn permits_that_never_end_are_noticed() {
     assert_noticed(Flaw::NeverEndsHolders, Variant::Mixed);

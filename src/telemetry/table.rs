@@ -146,8 +146,8 @@ metric_table! {
          smaller share than those of others: raise the limit";
     REJECTIONS = "shardlock_rejections_total", Counter, Count, ["limit"],
         "requests refused immediately because max_waiters_per_key, max_waiters or max_keys was reached, because \
-         more leases are held than renewals can keep up with, or because too many keys wait for a shard that is \
-         down",
+         more leases are held than renewals can keep up with (renewals), or because too many keys wait for a shard \
+         that is down (outage)",
         "the process is overloaded: shed load earlier, find the hot key, or raise the limit if there is enough \
          memory";
     LOST = "shardlock_lost_total", Counter, Count, ["shard", "reason"],
@@ -171,7 +171,8 @@ metric_table! {
         "subscriptions that were cut off and restored; waiters then send their requests again",
         "growing: raise client-output-buffer-limit pubsub, or look for a proxy that cuts idle connections";
     REQUESTS = "shardlock_store_requests_total", Counter, Count, ["shard", "request", "outcome"],
-        "round trips to the store: answered or failed",
+        "round trips to the store, answered or failed: acquire_fast (the fast path), acquire, try, release, requeue \
+         (release and wait again) or renew",
         "failed: the shard is unreachable, overloaded or refuses requests; see shardlock_shard_up and the log";
     ROUND_TRIP = "shardlock_store_round_trip_seconds", Histogram, Seconds, ["shard", "request"],
         "duration of an answered round trip to the store",

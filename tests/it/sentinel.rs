@@ -22,6 +22,11 @@ async fn connect(watched: &Watched) -> LockManager {
     support_locks::connect(&watched.url()).await
 }
 
+/// A manager whose requests fail before the sentinels can switch to another primary.
+async fn connect_default(watched: &Watched) -> LockManager {
+    LockManager::connect(&watched.url()).await.expect("connect")
+}
+
 async fn connect_long_ttl(watched: &Watched) -> LockManager {
     let builder = LockManager::builder().shard(watched.url()).ttl(LONG_TTL);
     builder.connect().await.expect("connect")
@@ -239,7 +244,7 @@ async fn orderly_failover_is_followed_at_once_and_keeps_holders_and_waiters() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_replica() {
     let watched = Watched::start(2);
-    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    let (one, other) = (connect_default(&watched).await, connect(&watched).await);
     let mut largest = lock_in_time(&one, "k").await;
     let held = lock(&one, "held").await;
     watched.has_replicas(2);
@@ -440,7 +445,7 @@ async fn holder_is_notified_of_a_lock_lost_in_a_failover() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn demoted_primary_is_abandoned_by_commands_and_inbox() {
     let watched = Watched::start(1);
-    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    let (one, other) = (connect_default(&watched).await, connect(&watched).await);
     hand_off(&one, &other, "k").await;
     let token = lock_in_time(&one, "k").await;
     watched.has_replicas(1);

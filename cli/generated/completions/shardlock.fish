@@ -35,7 +35,7 @@ complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "doctor" -d 'Che
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "top" -d 'Watch contention live: hot keys, held locks, shards, and the clients of agents'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "map" -d 'Show or replace the shard map that is stored on the servers'
-complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "demo" -d 'Show on real servers what goes wrong without a lock, that nothing does with it, and what it costs'
+complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "demo" -d 'Show on real servers what goes wrong without locks, that locks prevent it, and what they cost'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "bench" -d 'Measure the cost of locks: processes request them continuously, on given servers or on one started for the run'
 complete -c shardlock -n "__fish_shardlock_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c shardlock -n "__fish_shardlock_using_subcommand exec" -s k -l key -d 'The name of a lock; repeat the option to hold several locks at once' -r
@@ -105,7 +105,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -l set -d 'A
 complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -l json -d 'Print the result as one line of JSON'
 complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c shardlock -n "__fish_shardlock_using_subcommand doctor" -s V -l version -d 'Print version'
-complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l admin -d 'The same, as an option' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l admin -d 'An admin endpoint, like ADDR; repeat the option for several' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l interval -d 'How long to wait between two samples' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand top" -l view -d 'The view to show first, or the only one with --once' -r -f -a "hot\t'The keys with the most contention'
 held\t'The locks that are held, the oldest first'
@@ -188,7 +188,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "top" -d 'Watch contention live: hot keys, held locks, shards, and the clients of agents'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "slot" -d 'Show the slot of a key and the shard that owns it'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "map" -d 'Show or replace the shard map that is stored on the servers'
-complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "demo" -d 'Show on real servers what goes wrong without a lock, that nothing does with it, and what it costs'
+complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "demo" -d 'Show on real servers what goes wrong without locks, that locks prevent it, and what they cost'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "bench" -d 'Measure the cost of locks: processes request them continuously, on given servers or on one started for the run'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and not __fish_seen_subcommand_from exec serve inspect ls break doctor top slot map demo bench help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c shardlock -n "__fish_shardlock_using_subcommand help; and __fish_seen_subcommand_from map" -f -a "show" -d 'Show what is stored, and what this configuration would store'

@@ -133,8 +133,8 @@ With --json, one object:
 Exit code:
   0   success
   1   a lock failed, a token did not grow, tasks held a key at once that must not, or a worker died
-  64  the command line is wrong
-  78  the environment or the configuration file is wrong
+  64  the command line is invalid
+  78  the environment or the configuration file is invalid
   130 ended early by Ctrl-C; shows what was measured until then";
 
 /// The maximum number of keys, and of tasks in all: a worker keeps the last token of each key.

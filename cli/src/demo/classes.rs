@@ -101,7 +101,7 @@ fn key_with_modes(locks: &LockManager, name: &str) -> Option<String> {
     (0..KEYS_TRIED).map(|number| format!("{name}:{number}")).find(has_modes)
 }
 
-/// Runs the work of this task for ever.
+/// Runs the work of this task forever.
 pub(super) async fn run(worker: Arc<Worker>, task: u32) {
     let work = Work::of(task, &worker.locks);
     loop {

@@ -39,8 +39,7 @@ use report::Report;
 use setup::Setup;
 pub(crate) use worker::run as run_worker;
 
-/// Show on real servers what goes wrong without a lock, that nothing does with it, and what it
-/// costs
+/// Show on real servers what goes wrong without locks, that locks prevent it, and what they cost
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DemoArgs {
     /// A running shard, by a URL of any kind except memory://; repeat it for several. Without it,

@@ -56,8 +56,8 @@ impl Commands {
 
     /// Waits for the next command, or for the first line.
     pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
-        let line = self.0.recv().await.context("there are no more orders")?;
-        serde_json::from_str(&line).context("an order can't be read")
+        let line = self.0.recv().await.context("the parent sent no further command")?;
+        serde_json::from_str(&line).context("a command can't be parsed")
     }
 }
 

@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(value_name = "ADDR", conflicts_with = "shards")]
     addresses: Vec<Address>,
 
-    /// The same, as an option
+    /// An admin endpoint, like ADDR; repeat the option for several
     #[arg(long = "admin", value_name = "ADDR", conflicts_with = "shards")]
     admin: Vec<Address>,
 
@@ -102,9 +102,9 @@ read in steps of 1000. WAITERS are processes, and AGE counts from when top first
 
 Exit code, with --once or if the view could not start:
   0   the view was shown
-  64  the command line is wrong
+  64  the command line is invalid
   69  an endpoint or a shard is unreachable
-  78  the environment or the configuration file is wrong";
+  78  the environment or the configuration file is invalid";
 
 fn parse_interval(text: &str) -> anyhow::Result<Duration> {
     let interval = humantime::parse_duration(text)?;

@@ -106,7 +106,7 @@ mod tests {
     fn the_pages_of_a_process_are_read_and_unknown_fields_passed_over() {
         let sample = read(
             page(
-                r#"{"keys":[{"key":"k","shard":"s","contended":7,"acquired":5,"error":1,"waiters":2,
+                r#"{"keys":[{"key":"k","shard":"s","contended":7,"acquired":5,"overcount_max":1,"waiters":2,
                      "holder":{"held_ms":1.5,"token":9},"wait_ms":{"p50":0.25,"p99":2.0,"max":3.0},"new":[]}],"k":64}"#,
             ),
             page(
