@@ -30,6 +30,8 @@ mod error;
 mod fence;
 #[path = "../src/key.rs"]
 mod key;
+#[path = "../src/late_requests.rs"]
+mod late_requests;
 #[path = "../src/lease.rs"]
 mod lease;
 #[path = "../src/mode.rs"]

@@ -8,10 +8,10 @@ use tracing::field::display;
 use crate::backoff::Backoff;
 use crate::body::while_held;
 use crate::clock::Moment;
-use crate::context::ManagerShared;
 use crate::error::{Failure, InvalidSetting, LockError, LockErrorKind, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
+use crate::manager_inner::ManagerInner;
 use crate::request::LockRequest;
 
 /// The bounds of the pause before the next campaign. See [`Backoff`].
@@ -44,7 +44,7 @@ pub struct Election {
 
 impl Election {
     #[track_caller]
-    pub(crate) fn new(manager: Arc<ManagerShared>, key: Result<LockKey, InvalidSetting>) -> Self {
+    pub(crate) fn new(manager: Arc<ManagerInner>, key: Result<LockKey, InvalidSetting>) -> Self {
         // A leader leads until it ends or loses its lease, whatever the limits for other locks.
         let request = LockRequest::new(manager, key)
             .timeout(None)

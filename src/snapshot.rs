@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Moment;
-use crate::context::ManagerShared;
 use crate::driver::{Entry, Shard};
 use crate::fence::FencingToken;
+use crate::manager_inner::ManagerInner;
 use crate::mode::LockMode;
 
 /// One of the keys with the most contention in this process. See
@@ -162,7 +162,7 @@ pub struct RoundTrips {
     pub p99: Duration,
 }
 
-pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
+pub(crate) fn hot_keys(manager: &ManagerInner) -> Vec<HotKey> {
     let now = Moment::now();
     let shards: HashMap<&str, &Shard> = manager.shards.iter().map(|shard| (&*shard.name, &**shard)).collect();
     for shard in shards.values() {
@@ -199,7 +199,7 @@ pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
 }
 
 /// The oldest `most` guards, oldest first, and the total number of guards.
-pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock>) {
+pub(crate) fn held(manager: &ManagerInner, most: usize) -> (usize, Vec<HeldLock>) {
     let now = Moment::now();
     let mut held = Vec::new();
     for shard in &manager.shards {
@@ -227,7 +227,7 @@ pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock
     (total, locks.collect())
 }
 
-pub(crate) fn shards(manager: &ManagerShared) -> Vec<ShardState> {
+pub(crate) fn shards(manager: &ManagerInner) -> Vec<ShardState> {
     let now = Moment::now();
     let snapshots = manager.shards.iter().map(|shard| {
         let metrics = &shard.metrics;

@@ -61,12 +61,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn limit_follows_the_system_clock_while_the_tokio_clock_is_paused() {
         let started = Moment::now();
-        let (done, told) = tokio::sync::oneshot::channel();
+        let (done, completed) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(50));
             done.send(()).ok();
         });
-        assert!(within(started, Duration::from_secs(60), pin!(told)).await.is_ok());
+        assert!(within(started, Duration::from_secs(60), pin!(completed)).await.is_ok());
         assert!(Moment::now().since(started) >= Duration::from_millis(50));
 
         let (started, limit) = (Moment::now(), Duration::from_millis(30));

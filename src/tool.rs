@@ -102,7 +102,7 @@ pub fn describe_agent_metrics() {
 
 /// The outcome of [`break_lease`].
 #[derive(Debug)]
-pub enum Broken {
+pub enum BreakOutcome {
     /// The lease is no longer the owner's, and was passed on.
     Done {
         /// The key before that.
@@ -127,7 +127,7 @@ pub enum Broken {
 /// [`LockErrorKind::Refused`](crate::error::LockErrorKind::Refused) on `redlock://` and `etcd://`
 /// shards, which can't do that, and the errors of [`LockManager::inspect`]. After an error of the
 /// break itself it is unknown whether the lease was ended: inspect the key.
-pub async fn break_lease(locks: &LockManager, key: &LockKey, owner: &str) -> Result<Broken, LockError> {
+pub async fn break_lease(locks: &LockManager, key: &LockKey, owner: &str) -> Result<BreakOutcome, LockError> {
     let shard = locks.inner.shard(key);
     let state = shard.inspect(key).await?;
     let is_listed = state
@@ -140,13 +140,13 @@ pub async fn break_lease(locks: &LockManager, key: &LockKey, owner: &str) -> Res
         && state.queue.len() as u64 == state.queue_length
         && !state.queue.iter().any(|waiting| waiting == owner);
     if !is_listed && !may_be_unlisted {
-        return Ok(Broken::NotHeld { now: state });
+        return Ok(BreakOutcome::NotHeld { now: state });
     }
     if shard.break_lease(key, owner).await? {
-        return Ok(Broken::Done { before: state });
+        return Ok(BreakOutcome::Done { before: state });
     }
     let now = shard.inspect(key).await?;
-    Ok(Broken::NotHeld { now })
+    Ok(BreakOutcome::NotHeld { now })
 }
 
 /// Returns the servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster or of

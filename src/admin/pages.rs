@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{AddedPage, Renderer};
 use crate::config::ReadyWhen;
-use crate::context::ManagerShared;
+use crate::manager_inner::ManagerInner;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
 use crate::telemetry::{HOT_KEY, METRICS, escaped};
 
@@ -48,7 +48,7 @@ impl Page {
 }
 
 /// The page at this path. `manager` is `None` once the manager is gone.
-pub(super) fn page(path: &str, renderer: &Renderer, added: &[AddedPage], manager: Option<&ManagerShared>) -> Page {
+pub(super) fn page(path: &str, renderer: &Renderer, added: &[AddedPage], manager: Option<&ManagerInner>) -> Page {
     match (path, manager) {
         ("/metrics", _) => Page {
             status: StatusCode::OK,
@@ -76,7 +76,7 @@ pub(super) fn page(path: &str, renderer: &Renderer, added: &[AddedPage], manager
 
 /// The output of the recorder, followed by the hot keys if they are wanted as metrics. The hot keys
 /// are written here because a recorder can't remove keys that are no longer hot.
-pub(super) fn metrics(renderer: &Renderer, manager: Option<&ManagerShared>) -> String {
+pub(super) fn metrics(renderer: &Renderer, manager: Option<&ManagerInner>) -> String {
     if let Some(manager) = manager {
         manager.flush_metrics();
     }
@@ -117,7 +117,7 @@ struct ReadyShard {
     down_for_ms: Option<Duration>,
 }
 
-fn ready(manager: &ManagerShared) -> Page {
+fn ready(manager: &ManagerInner) -> Page {
     let rule = manager.config.ready_when;
     let shut_down = manager.is_closed();
     let shards: Vec<_> = snapshot::shards(manager)
@@ -159,7 +159,7 @@ struct Hot {
 }
 
 impl Hot {
-    fn of(manager: &ManagerShared) -> Self {
+    fn of(manager: &ManagerInner) -> Self {
         Self {
             keys: snapshot::hot_keys(manager),
             k: manager.config.hot_keys,
@@ -174,7 +174,7 @@ struct Held {
 }
 
 impl Held {
-    fn of(manager: &ManagerShared) -> Self {
+    fn of(manager: &ManagerInner) -> Self {
         let (total, held) = snapshot::held(manager, HELD_MAX);
         Self { total, held }
     }
@@ -188,7 +188,7 @@ struct Shards {
 }
 
 impl Shards {
-    fn of(manager: &ManagerShared) -> Self {
+    fn of(manager: &ManagerInner) -> Self {
         Self {
             shards: snapshot::shards(manager),
             manager: manager.id().to_owned(),

@@ -22,7 +22,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::pages::{self, Page};
 use super::{AddedPage, AdminError, Renderer};
-use crate::context::ManagerShared;
+use crate::manager_inner::ManagerInner;
 
 /// The maximum number of concurrent connections; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 32;
@@ -60,7 +60,7 @@ impl AdminServer {
 struct Shared {
     renderer: Renderer,
     added: Vec<AddedPage>,
-    manager: Weak<ManagerShared>,
+    manager: Weak<ManagerInner>,
     is_loopback: bool,
 }
 
@@ -69,7 +69,7 @@ pub(super) fn start(
     address: SocketAddr,
     renderer: Renderer,
     added: Vec<AddedPage>,
-    manager: Weak<ManagerShared>,
+    manager: Weak<ManagerInner>,
 ) -> Result<AdminServer, AdminError> {
     let (stop, stopped) = oneshot::channel();
     listener.set_nonblocking(true).map_err(AdminError::Thread)?;

@@ -29,13 +29,13 @@ use crate::store::Priority;
 
 /// A handle to the background thread.
 #[derive(Debug)]
-pub(crate) struct Background {
+pub(crate) struct BackgroundThread {
     /// Resolves when the inbox of every connected shard has been subscribed for the first time, or
     /// when one was refused.
     pub(crate) listening: oneshot::Receiver<Result<(), SubscribeError>>,
 }
 
-impl Background {
+impl BackgroundThread {
     /// Starts the thread. Only waits for the inboxes of shards that are `connected`.
     ///
     /// # Errors
@@ -47,7 +47,7 @@ impl Background {
         connected: &[bool],
         jobs: mpsc::UnboundedReceiver<Job>,
     ) -> std::io::Result<Self> {
-        let (tell, listening) = oneshot::channel();
+        let (sender, listening) = oneshot::channel();
         let connected = connected.to_vec();
         // The runtime is created on its own thread, because it must not be dropped on one of the
         // application's.
@@ -58,7 +58,7 @@ impl Background {
                     manager.runtimes.set_background(runtime.handle().clone());
                     LocalSet::new().block_on(
                         &runtime,
-                        run(Arc::clone(&manager), Rc::clone(&shards), connected, jobs, tell),
+                        run(Arc::clone(&manager), Rc::clone(&shards), connected, jobs, sender),
                     );
                 }
                 Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
@@ -79,11 +79,11 @@ async fn run(
     listening: oneshot::Sender<Result<(), SubscribeError>>,
 ) {
     let mut services = JoinSet::new();
-    let (tell, mut told) = mpsc::unbounded_channel();
+    let (sender, mut subscriptions) = mpsc::unbounded_channel();
     let mut cleaners = Vec::with_capacity(shards.len());
     for (shard, &is_connected) in shards.iter().zip(&connected) {
-        let tell = is_connected.then(|| tell.clone());
-        services.spawn_local(subscribe(Arc::clone(shard), tell));
+        let sender = is_connected.then(|| sender.clone());
+        services.spawn_local(subscribe(Arc::clone(shard), sender));
         services.spawn_local(keep_alive(Arc::clone(shard)));
         services.spawn_local(health::watch(Arc::clone(shard)));
         let (cleaner, work) = mpsc::unbounded_channel();
@@ -92,18 +92,18 @@ async fn run(
     }
     services.spawn_local(reporter::report(Arc::clone(&manager), Rc::clone(&shards)));
     services.spawn_local(watch_app_runtime(Arc::clone(&manager), Rc::clone(&shards)));
-    drop(tell);
+    drop(sender);
     let count = connected.iter().filter(|&&connected| connected).count();
     services.spawn_local(async move {
-        let mut heard = Ok(());
+        let mut subscribed = Ok(());
         for _ in 0..count {
-            heard = told.recv().await.unwrap_or(Ok(()));
-            if heard.is_err() {
+            subscribed = subscriptions.recv().await.unwrap_or(Ok(()));
+            if subscribed.is_err() {
                 break;
             }
         }
         // The receiver is gone if the manager gave up connecting.
-        listening.send(heard).ok();
+        listening.send(subscribed).ok();
     });
 
     let mut work = JoinSet::new();
@@ -132,10 +132,10 @@ async fn run(
                     if let Some(shard) = shards.get(index) {
                         shard.metrics.abandoned.increment(1);
                     }
-                    hand_over(&cleaners, index, Work::Release(abandoned));
+                    send_work(&cleaners, index, Work::Release(abandoned));
                 }
                 Some(Job::Recheck { key, cycle }) => {
-                    hand_over(&cleaners, index_of(&shards, &key), Work::Recheck { key, cycle });
+                    send_work(&cleaners, index_of(&shards, &key), Work::Recheck { key, cycle });
                 }
                 Some(Job::Close { done }) => {
                     close(&manager, &shards);
@@ -199,7 +199,7 @@ fn index_of(shards: &[Arc<Shard>], key: &LockKey) -> usize {
     crate::router::shard_index(key.slot(), shards.len())
 }
 
-fn hand_over(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work) {
+fn send_work(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work) {
     let done = cleaners.get(shard).map(|cleaner| cleaner.send(work));
     if !matches!(done, Some(Ok(()))) {
         // The panic of the cleaner has been reported.

@@ -65,7 +65,7 @@ impl Counted {
 
 /// Who requested a lock, and when.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Origin {
+pub(crate) struct RequestOrigin {
     pub(crate) at: Moment,
     pub(crate) caller: &'static Location<'static>,
     /// The number of the class.
@@ -138,7 +138,7 @@ impl fmt::Debug for Entry {
 impl State {
     /// Records the new holder, and contention. Returns the contention to flush when enough has
     /// accumulated.
-    fn note(&mut self, outcome: &Outcome, asked: Origin) -> Option<Box<KeyContention>> {
+    fn note(&mut self, outcome: &Outcome, asked: RequestOrigin) -> Option<Box<KeyContention>> {
         match outcome {
             Outcome::Granted(granted) => {
                 let holder = HolderInfo {
@@ -227,7 +227,7 @@ impl Entry {
     }
 
     /// Takes the outcome if it is available. Otherwise registers the waker.
-    pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: Origin) -> Poll<Settled> {
+    pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: RequestOrigin) -> Poll<Settled> {
         let mut state = self.state.lock();
         let Some(outcome) = state.queue.collect(id) else {
             let replaced = match state.queue.waker(id) {
@@ -507,7 +507,7 @@ impl Entry {
         }
     }
 
-    fn settle(&self, outcome: Outcome, asked: Origin) -> Settled {
+    fn settle(&self, outcome: Outcome, asked: RequestOrigin) -> Settled {
         let (key, shard) = (|| self.key.to_string(), || self.shard.name.to_string());
         match outcome {
             Outcome::Granted(granted) => {

@@ -41,9 +41,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-pub(crate) use background::Background;
+pub(crate) use background::BackgroundThread;
 pub(crate) use context::{ManagerContext, Usage};
-pub(crate) use entry::{Enqueued, Entry, Origin, Settled};
+pub(crate) use entry::{Enqueued, Entry, RequestOrigin, Settled};
 pub(crate) use execute::Completed;
 pub(crate) use map::Maps;
 use orphans::Abandoned;
@@ -52,10 +52,10 @@ pub(crate) use subscriber::SubscribeError;
 
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::engine::orphans::LateRequests;
 use crate::engine::{Request, StoreOutage, WaiterOptions};
 use crate::error::{Failure, LockError, LockErrorKind};
 use crate::key::LockKey;
+use crate::late_requests::LateRequests;
 use crate::protocol::Cycle;
 use crate::slow_log::RateLimit;
 use crate::store::{KeyState, LeaseStore, StoreError, StoreFuture};

@@ -52,8 +52,8 @@ pub(super) async fn report(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]
 
 /// Flushes new values to the recorder.
 pub(crate) fn flush(metrics: &ManagerMetrics, shards: &[Arc<Shard>]) {
-    metrics.classes.tell();
-    shards.iter().for_each(|shard| shard.metrics.tell());
+    metrics.classes.flush();
+    shards.iter().for_each(|shard| shard.metrics.flush());
 }
 
 /// Inspects all keys: finds the oldest lease and waiter, counts guards and permits by class, and

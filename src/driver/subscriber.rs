@@ -45,15 +45,15 @@ pub(crate) struct SubscribeError {
 pub(super) async fn subscribe(shard: Arc<Shard>, subscribed: Option<Subscribed>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pushes = Arc::new(Pushes::new(receiver));
-    if let Some(tell) = &subscribed {
-        connect(&shard, tell).await;
+    if let Some(outcome) = &subscribed {
+        connect(&shard, outcome).await;
     }
     let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
     tokio::join!(shard.store.run_subscriber(sender), shard.manager.runtimes.run(receive));
 }
 
 /// Opens the connections needed for renewals. Without them the manager must not take locks.
-async fn connect(shard: &Arc<Shard>, tell: &Subscribed) {
+async fn connect(shard: &Arc<Shard>, outcome: &Subscribed) {
     let connected = tokio::time::timeout(shard.manager.timeout, shard.store.connect_background()).await;
     if let Err(error) = connected.unwrap_or_else(|_| Err(shard.no_answer())) {
         let error = SubscribeError {
@@ -62,7 +62,7 @@ async fn connect(shard: &Arc<Shard>, tell: &Subscribed) {
             error,
         };
         // The manager may have given up connecting.
-        tell.send(Err(error)).ok();
+        outcome.send(Err(error)).ok();
     }
 }
 
@@ -157,9 +157,9 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 if std::mem::take(&mut is_cut_off) {
                     shard.metrics.reconnects.increment(1);
                 }
-                if let Some(tell) = subscribed.take() {
+                if let Some(outcome) = subscribed.take() {
                     // The manager may have given up connecting.
-                    tell.send(Ok(())).ok();
+                    outcome.send(Ok(())).ok();
                 }
                 refused = None;
                 ask_again(&shard, slot);
@@ -177,14 +177,14 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 cut_off = Some(task.abort_handle());
             }
             Push::Refused { reason } => {
-                if let Some(tell) = subscribed.take() {
+                if let Some(outcome) = subscribed.take() {
                     let error = SubscribeError {
                         shard: Arc::clone(&shard),
                         step: "subscribe",
                         error: StoreError::Refused((&*reason).into()),
                     };
                     // The manager may have given up connecting.
-                    tell.send(Err(error)).ok();
+                    outcome.send(Err(error)).ok();
                 }
                 // The store retries every second. Log each reason once.
                 if refused.as_ref() != Some(&reason) {

@@ -172,8 +172,8 @@ async fn enqueue_and_execute(shard: &Arc<Shard>) -> (Arc<Entry>, crate::engine::
     (entry, enqueued.id)
 }
 
-fn origin() -> Origin {
-    Origin {
+fn origin() -> RequestOrigin {
+    RequestOrigin {
         at: Moment::now(),
         caller: std::panic::Location::caller(),
         class: 0,
@@ -185,7 +185,8 @@ fn origin() -> Origin {
 #[tokio::test]
 async fn manager_closes_after_a_panic_in_its_background_thread() {
     let (shard, jobs) = bad_shard(BadStore::granting(2000));
-    let _background = Background::start(Arc::clone(&shard.manager), vec![Arc::clone(&shard)], &[false], jobs).unwrap();
+    let _background =
+        BackgroundThread::start(Arc::clone(&shard.manager), vec![Arc::clone(&shard)], &[false], jobs).unwrap();
     let (entry, holder) = enqueue_and_execute(&shard).await;
     let settled = entry.poll(holder, Waker::noop(), origin());
     let std::task::Poll::Ready(Settled::Granted(granted)) = settled else {

@@ -27,6 +27,7 @@ use std::time::Duration;
 use super::Flaw;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
+use crate::late_requests::{Rechecks, was_cut_lately};
 use crate::protocol::Cycle;
 
 /// How many releases of a manager may be pending.
@@ -158,23 +159,13 @@ impl<K, P> Attempt<K, P> {
     }
 }
 
-/// A cycle that will be released once more.
-#[derive(Debug)]
-struct Recheck<K> {
-    key: K,
-    cycle: Cycle,
-    due: Moment,
-    is_postponed: bool,
-}
-
 /// The pending releases of a shard.
 #[derive(Debug)]
 pub(crate) struct Orphans<K, P> {
     rules: OrphanRules,
     fresh: VecDeque<Attempt<K, P>>,
     failed: BinaryHeap<Reverse<Attempt<K, P>>>,
-    /// Ordered by due time.
-    rechecks: VecDeque<Recheck<K>>,
+    rechecks: Rechecks<(K, Cycle)>,
     in_flight: usize,
     in_flight_max: usize,
 }
@@ -182,10 +173,10 @@ pub(crate) struct Orphans<K, P> {
 impl<K, P> Orphans<K, P> {
     pub(crate) const fn new(rules: OrphanRules) -> Self {
         Self {
+            rechecks: Rechecks::new(rules.late_max),
             rules,
             fresh: VecDeque::new(),
             failed: BinaryHeap::new(),
-            rechecks: VecDeque::new(),
             in_flight: 0,
             in_flight_max: IN_FLIGHT_MAX,
         }
@@ -211,10 +202,6 @@ impl<K, P> Orphans<K, P> {
 
     /// A request of the cycle may still arrive. The cycle is released once more later.
     pub(crate) fn recheck(&mut self, key: K, cycle: Cycle, now: Moment) -> Verdict {
-        self.recheck_later(key, cycle, now, false)
-    }
-
-    fn recheck_later(&mut self, key: K, cycle: Cycle, now: Moment, is_postponed: bool) -> Verdict {
         #[cfg(test)]
         if self.rules.flaw == Some(Flaw::TrustsReleases) {
             return Verdict::Done;
@@ -222,12 +209,7 @@ impl<K, P> Orphans<K, P> {
         if self.rechecks.len() >= RECHECKS_MAX {
             return Verdict::TooManyRechecks;
         }
-        self.rechecks.push_back(Recheck {
-            key,
-            cycle,
-            due: now + self.rules.late_max,
-            is_postponed,
-        });
+        self.rechecks.add((key, cycle), now);
         Verdict::Rechecked
     }
 
@@ -243,31 +225,16 @@ impl<K, P> Orphans<K, P> {
         is_current: impl FnOnce(&K, Cycle) -> bool,
         permit: impl FnOnce() -> Option<P>,
     ) -> Option<Verdict> {
-        if self.rechecks.front()?.due > now {
-            return None;
+        let (key, cycle) = self.rechecks.first_due(now)?;
+        let is_over = !is_current(key, *cycle);
+        if is_over && self.rechecks.postpone_first(now, last_cut) {
+            return Some(Verdict::Rechecked);
         }
-        let Recheck {
-            key,
-            cycle,
-            is_postponed,
-            ..
-        } = self.rechecks.pop_front()?;
-        if is_current(&key, cycle) {
-            return Some(Verdict::Done);
-        }
-        if !is_postponed && self.was_cut_lately(now, last_cut) {
-            // The connection used for its acquire may have been given up only after that.
-            return Some(self.recheck_later(key, cycle, now, true));
-        }
-        if let Some(permit) = permit() {
+        let (key, cycle) = self.rechecks.remove_first()?;
+        if is_over && let Some(permit) = permit() {
             self.push(key, cycle, permit, now, true);
         }
         Some(Verdict::Done)
-    }
-
-    /// Whether a request sent on a connection that was given up may still arrive.
-    fn was_cut_lately(&self, now: Moment, last_cut: Option<Moment>) -> bool {
-        last_cut.is_some_and(|cut| now.since(cut) < self.rules.late_max)
     }
 
     /// The next release to send, unless too many are in flight. It is in flight until
@@ -292,8 +259,7 @@ impl<K, P> Orphans<K, P> {
             return None;
         }
         let failed = self.failed.peek().map(|Reverse(failed)| failed.due);
-        let recheck = self.rechecks.front().map(|recheck| recheck.due);
-        failed.into_iter().chain(recheck).min()
+        failed.into_iter().chain(self.rechecks.next_due()).min()
     }
 
     /// An attempt got its reply or none. A failed one is retried after a pause drawn from a range,
@@ -313,7 +279,7 @@ impl<K, P> Orphans<K, P> {
         };
         match released {
             Released::Confirmed => {
-                let was_cut_lately = self.was_cut_lately(cx.now, cx.last_cut);
+                let was_cut_lately = was_cut_lately(cx.now, cx.last_cut, self.rules.late_max);
                 if !attempt.is_final && (!attempt.is_ordered || was_cut_lately) {
                     return self.recheck(attempt.key, attempt.cycle, cx.now);
                 }
@@ -357,25 +323,6 @@ impl<K, P> Orphans<K, P> {
         attempt.due = cx.now + draw(attempt.backoff.next_range());
         self.failed.push(Reverse(attempt));
         Verdict::Retried
-    }
-}
-
-/// Which cycles had their requests on a connection that was given up recently.
-#[derive(Debug, Default)]
-pub(crate) struct LateRequests {
-    /// When a connection was last given up, and the largest cycle number at that time.
-    newest_at_cut: (Moment, u64),
-}
-
-impl LateRequests {
-    /// Whether a request of the cycle may have been sent on a connection that was given up at
-    /// `cut`, and may still be executed. `newest` is the largest cycle number so far.
-    pub(crate) fn may_include(&mut self, cycle: Cycle, cut: Moment, newest: impl FnOnce() -> u64) -> bool {
-        if self.newest_at_cut.0 != cut {
-            // This includes cycles opened since the cut, which is harmless.
-            self.newest_at_cut = (cut, newest());
-        }
-        cycle.number() <= self.newest_at_cut.1
     }
 }
 
@@ -552,17 +499,5 @@ mod tests {
             assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::Rechecked);
         }
         assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::TooManyRechecks);
-    }
-
-    #[test]
-    fn only_cycles_from_before_a_cut_may_arrive_late() {
-        let mut late = LateRequests::default();
-        let old = Cycle::of(4);
-        assert!(late.may_include(old, at(10), || 5));
-        assert!(
-            !late.may_include(Cycle::of(6), at(10), || 7),
-            "it was opened after the cut"
-        );
-        assert!(late.may_include(Cycle::of(6), at(20), || 7), "there was another cut");
     }
 }

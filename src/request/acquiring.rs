@@ -11,7 +11,7 @@ use tokio::time::Sleep;
 
 use super::LockRequest;
 use crate::clock::Moment;
-use crate::driver::{Completed, Entry, Origin, Settled};
+use crate::driver::{Completed, Entry, RequestOrigin, Settled};
 use crate::engine::WaiterId;
 use crate::error::{Failure, LockError, LossReason};
 use crate::guard::LockGuard;
@@ -26,7 +26,7 @@ use crate::telemetry::{ClassMetrics, DEFAULT_CLASS, Limit, RequestOutcome};
 ///
 /// It is moved a few times before the first poll and is kept small for that: the effective options
 /// are computed when it enqueues.
-pub(super) struct Acquiring {
+pub(super) struct AcquireFuture {
     request: LockRequest,
     try_only: bool,
     requested_at: Moment,
@@ -51,7 +51,7 @@ struct QueuedWaiter {
     collected: bool,
 }
 
-impl Acquiring {
+impl AcquireFuture {
     #[inline]
     pub(super) fn new(request: LockRequest, try_only: bool) -> Self {
         Self {
@@ -70,8 +70,8 @@ impl Acquiring {
         self.request.key.as_ref().ok()
     }
 
-    fn asked(&self) -> Origin {
-        Origin {
+    fn asked(&self) -> RequestOrigin {
+        RequestOrigin {
             at: self.requested_at,
             caller: self.request.caller,
             class: self.class_number(),
@@ -229,7 +229,7 @@ impl Acquiring {
     }
 }
 
-impl Future for Acquiring {
+impl Future for AcquireFuture {
     type Output = Result<Option<LockGuard>, LockError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -268,7 +268,7 @@ impl Future for Acquiring {
     }
 }
 
-impl Drop for Acquiring {
+impl Drop for AcquireFuture {
     fn drop(&mut self) {
         if !self.ended && self.waiter.is_some() {
             self.class().ended(RequestOutcome::Cancelled);
@@ -285,7 +285,7 @@ impl Drop for Acquiring {
 }
 
 impl QueuedWaiter {
-    fn poll(&mut self, cx: &mut Context<'_>, asked: Origin) -> Poll<Settled> {
+    fn poll(&mut self, cx: &mut Context<'_>, asked: RequestOrigin) -> Poll<Settled> {
         while let Some(in_flight) = &mut self.in_flight {
             let Poll::Ready(driven) = in_flight.as_mut().poll(cx) else {
                 break;
@@ -320,11 +320,11 @@ impl Drop for QueuedWaiter {
 
 /// The future of a [`LockRequest`].
 #[must_use = "futures do nothing unless polled"]
-pub struct LockFuture(pub(super) Acquiring);
+pub struct LockFuture(pub(super) AcquireFuture);
 
 /// The future of a [`TryLockRequest`](super::TryLockRequest).
 #[must_use = "futures do nothing unless polled"]
-pub struct TryLockFuture(pub(super) Acquiring);
+pub struct TryLockFuture(pub(super) AcquireFuture);
 
 impl Future for LockFuture {
     type Output = Result<LockGuard, LockError>;

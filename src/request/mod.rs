@@ -7,15 +7,15 @@ use std::panic::Location;
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::acquiring::Acquiring;
+use self::acquiring::AcquireFuture;
 pub use self::acquiring::{LockFuture, TryLockFuture};
 use crate::body::while_held;
 use crate::config::check_overrides;
-use crate::context::ManagerShared;
 use crate::engine::{InOutage, Linger, MinHold, WaiterOptions};
 use crate::error::{InvalidSetting, LockError, LockErrorKind};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
+use crate::manager_inner::ManagerInner;
 use crate::mode::{LockMode, PERMITS_MAX};
 
 /// A request for a lock. Override settings of the manager as needed, then await it:
@@ -78,7 +78,7 @@ use crate::mode::{LockMode, PERMITS_MAX};
 #[must_use = "requests do nothing unless awaited"]
 #[derive(Debug, Clone)]
 pub struct LockRequest {
-    manager: Arc<ManagerShared>,
+    manager: Arc<ManagerInner>,
     key: Result<LockKey, Box<InvalidSetting>>,
     /// Boxed to keep requests small: a request is moved several times, and most set nothing.
     overrides: Option<Box<Overrides>>,
@@ -112,7 +112,7 @@ struct Overrides {
 impl LockRequest {
     #[inline]
     #[track_caller]
-    pub(crate) fn new(manager: Arc<ManagerShared>, key: Result<LockKey, InvalidSetting>) -> Self {
+    pub(crate) fn new(manager: Arc<ManagerInner>, key: Result<LockKey, InvalidSetting>) -> Self {
         Self {
             manager,
             key: key.map_err(Box::new),
@@ -415,7 +415,7 @@ impl IntoFuture for LockRequest {
 
     #[inline]
     fn into_future(self) -> LockFuture {
-        LockFuture(Acquiring::new(self, false))
+        LockFuture(AcquireFuture::new(self, false))
     }
 }
 
@@ -478,7 +478,7 @@ impl IntoFuture for TryLockRequest {
     type IntoFuture = TryLockFuture;
 
     fn into_future(self) -> TryLockFuture {
-        TryLockFuture(Acquiring::new(self.0, true))
+        TryLockFuture(AcquireFuture::new(self.0, true))
     }
 }
 

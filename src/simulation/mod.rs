@@ -280,7 +280,7 @@ fn permits_that_never_end_are_noticed() {
 /// An exclusive request would wait for a lease that nobody has any more.
 #[test]
 fn a_mark_that_outlives_its_holders_is_noticed() {
-    assert_noticed(Flaw::KeepsMark, Variant::MixedPrompt);
+    assert_noticed(Flaw::KeepsMarker, Variant::MixedPrompt);
 }
 
 #[test]

@@ -43,11 +43,11 @@ impl<T: Clone + Send + Sync + 'static> Connecting<T> {
     where
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
     {
-        let mut outcome = self.under_way_or(|tell| {
+        let mut outcome = self.under_way_or(|sender| {
             let connecting = connect();
             let attempt = async move {
                 let connected = connecting.await;
-                tell.send_replace(Some(connected));
+                sender.send_replace(Some(connected));
             };
             match runtimes {
                 Some(runtimes) => runtimes.spawn(attempt),
@@ -68,9 +68,9 @@ impl<T: Clone + Send + Sync + 'static> Connecting<T> {
         if let Some(outcome) = attempt.as_ref().filter(is_under_way) {
             return outcome.clone();
         }
-        let (tell, outcome) = watch::channel(None);
+        let (sender, outcome) = watch::channel(None);
         *attempt = Some(outcome.clone());
-        begin(tell);
+        begin(sender);
         outcome
     }
 }

@@ -25,7 +25,7 @@ pub(crate) const RESERVED_FOR: Duration = Duration::from_secs(3);
 pub(crate) const MAP_ATTEMPTS: usize = 4;
 
 /// The suffix that marks a reservation.
-const MARK: &str = "; reserved";
+const RESERVED_SUFFIX: &str = "; reserved";
 
 /// One step towards a stored map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +76,7 @@ impl StoredMap {
 
     /// The value stored in a shard that is reserved for this map.
     pub(crate) fn reservation(&self) -> String {
-        format!("{}{MARK}", self.ours)
+        format!("{}{RESERVED_SUFFIX}", self.ours)
     }
 
     pub(crate) fn is_set(&self) -> bool {
@@ -107,7 +107,7 @@ impl StoredMap {
             return Ok(MapState::Ours);
         }
         if theirs
-            .strip_suffix(MARK)
+            .strip_suffix(RESERVED_SUFFIX)
             .is_some_and(|map| ShardMap::agree(&self.ours, map))
         {
             return Ok(MapState::Reserved);

@@ -168,9 +168,9 @@ impl ClassMetrics {
         self.hold.record_sampled(|| time.as_secs_f64(), is_in_sample);
     }
 
-    fn tell(&self) {
+    fn flush(&self) {
         for (flushed, count) in self.flushed.iter().zip(self.endings.all()) {
-            flushed.tell(count);
+            flushed.flush(count);
         }
     }
 
@@ -267,8 +267,8 @@ impl Classes {
     }
 
     /// Flushes new values to the recorder.
-    pub(crate) fn tell(&self) {
-        self.each(ClassMetrics::tell);
+    pub(crate) fn flush(&self) {
+        self.each(ClassMetrics::flush);
     }
 
     /// Adjusts the sampling of durations to the rate during `elapsed`.

@@ -238,11 +238,11 @@ impl ShardMetrics {
     }
 
     /// Flushes new values to the recorder.
-    pub(crate) fn tell(&self) {
+    pub(crate) fn flush(&self) {
         let [_, local, remote] = self.acquisitions();
-        self.local.tell(local);
-        self.remote.tell(remote);
-        self.requests.iter().for_each(|request| request.answered.tell());
+        self.local.flush(local);
+        self.remote.flush(remote);
+        self.requests.iter().for_each(|request| request.answered.flush());
         for (gauge, waiting) in self.waiters.iter().zip(&self.waiting) {
             gauge.set(waiting.load(Ordering::Relaxed) as f64);
         }

@@ -18,13 +18,13 @@ const STRIPES: usize = u64::BITS as usize;
 static TAKEN: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
-    static PLACE: Place = Place::take();
+    static PLACE: StripeIndex = StripeIndex::take();
 }
 
 /// The number of the stripe that the current thread owns, if any.
-struct Place(Option<usize>);
+struct StripeIndex(Option<usize>);
 
-impl Place {
+impl StripeIndex {
     fn take() -> Self {
         // Acquire: the previous owner's last writes come before the first one of this thread.
         let taken = TAKEN.fetch_update(Ordering::Acquire, Ordering::Relaxed, |taken| {
@@ -39,7 +39,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for StripeIndex {
     fn drop(&mut self) {
         if let Some(place) = self.0 {
             TAKEN.fetch_and(!(1 << place), Ordering::Release);
@@ -73,7 +73,7 @@ impl<T: Default> Default for Stripes<T> {
 impl<T: Default> Stripes<T> {
     /// The stripe of the current thread.
     pub(super) fn mine(&self) -> Stripe<'_, T> {
-        match Place::here() {
+        match StripeIndex::here() {
             Some(place) => Stripe::Owned(self.owned[place].get_or_init(Box::default)),
             None => Stripe::Shared(&self.shared),
         }
@@ -152,7 +152,7 @@ mod tests {
             thread::scope(|scope| {
                 for _ in 0..THREADS {
                     scope.spawn(|| {
-                        Place::here();
+                        StripeIndex::here();
                         all_have_a_place.wait();
                         for number in 0..EACH {
                             counts.add(number % 2);

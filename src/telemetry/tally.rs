@@ -21,7 +21,7 @@ const SAMPLES_PER_SECOND: u64 = 20_000;
 
 /// A counter that costs one addition.
 #[derive(Debug)]
-pub(crate) struct Tally {
+pub(crate) struct DeferredCounter {
     count: AtomicU64,
     flushed: Flushed,
 }
@@ -29,28 +29,28 @@ pub(crate) struct Tally {
 /// A counter of the recorder, and how much of a count it has got so far.
 #[derive(Debug)]
 pub(crate) struct Flushed {
-    told: AtomicU64,
+    flushed: AtomicU64,
     counter: Counter,
 }
 
 impl Flushed {
     pub(crate) const fn new(counter: Counter) -> Self {
         Self {
-            told: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
             counter,
         }
     }
 
     /// Flushes the new part of the count to the recorder. Two threads may do so concurrently.
-    pub(crate) fn tell(&self, count: u64) {
-        let told = self.told.fetch_max(count, Ordering::Relaxed);
-        if count > told {
-            self.counter.increment(count - told);
+    pub(crate) fn flush(&self, count: u64) {
+        let flushed = self.flushed.fetch_max(count, Ordering::Relaxed);
+        if count > flushed {
+            self.counter.increment(count - flushed);
         }
     }
 }
 
-impl Tally {
+impl DeferredCounter {
     pub(crate) const fn new(counter: Counter) -> Self {
         Self {
             count: AtomicU64::new(0),
@@ -68,8 +68,8 @@ impl Tally {
     }
 
     /// Flushes the new count to the recorder. Two threads may do so concurrently.
-    pub(crate) fn tell(&self) {
-        self.flushed.tell(self.count());
+    pub(crate) fn flush(&self) {
+        self.flushed.flush(self.count());
     }
 }
 
@@ -115,7 +115,7 @@ impl Thinning {
 /// A counter with a distribution.
 #[derive(Debug)]
 pub(crate) struct Measured {
-    tally: Tally,
+    tally: DeferredCounter,
     thinning: Thinning,
     histogram: Histogram,
 }
@@ -123,7 +123,7 @@ pub(crate) struct Measured {
 impl Measured {
     pub(crate) fn new(counter: Counter, histogram: Histogram) -> Self {
         Self {
-            tally: Tally::new(counter),
+            tally: DeferredCounter::new(counter),
             thinning: Thinning::default(),
             histogram,
         }
@@ -134,8 +134,8 @@ impl Measured {
         self.histogram.record_sampled(|| value, is_in_sample);
     }
 
-    pub(crate) fn tell(&self) {
-        self.tally.tell();
+    pub(crate) fn flush(&self) {
+        self.tally.flush();
     }
 
     pub(crate) fn adjust(&self, elapsed: Duration) {

@@ -185,7 +185,7 @@ impl<W> Queue<W> {
         };
         self.phase = Phase::Queued(Queued {
             cycle,
-            mark: position.enqueue_token,
+            enqueue_token: position.enqueue_token,
             sent_at,
             retry_at: cx.now + look_in,
         });
@@ -201,21 +201,25 @@ impl<W> Queue<W> {
     pub(super) fn enter(
         &mut self,
         grant: Grant,
-        mark: u64,
+        enqueue_token: u64,
         sent_at: Moment,
         cx: Context<'_>,
         effects: &mut Effects<W>,
     ) {
         #[cfg(test)]
-        let (mark, sent_at) = (
-            if cx.rules.has(Flaw::IgnoresMarks) { 0 } else { mark },
+        let (enqueue_token, sent_at) = (
+            if cx.rules.has(Flaw::IgnoresMarks) {
+                0
+            } else {
+                enqueue_token
+            },
             if cx.rules.has(Flaw::CountsFromReceipt) {
                 cx.now
             } else {
                 sent_at
             },
         );
-        if grant.tokens.first() <= mark {
+        if grant.tokens.first() <= enqueue_token {
             effects.rare().stale_grant = true;
             return;
         }

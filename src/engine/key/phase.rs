@@ -60,7 +60,7 @@ pub(super) struct Acquiring {
 #[derive(Debug)]
 pub(super) struct Queued {
     pub(super) cycle: Cycle,
-    pub(super) mark: u64,
+    pub(super) enqueue_token: u64,
     /// When the request that got the "queued" reply was sent. The grant is made after that.
     pub(super) sent_at: Moment,
     /// When to ask again without a push.

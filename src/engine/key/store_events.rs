@@ -182,8 +182,8 @@ impl<W> Queue<W> {
                 }
             }
             Phase::Queued(queued) if queued.cycle == grant.cycle => {
-                let (mark, sent_at) = (queued.mark, queued.sent_at);
-                self.enter(grant, mark, sent_at, cx, &mut effects);
+                let (enqueue_token, sent_at) = (queued.enqueue_token, queued.sent_at);
+                self.enter(grant, enqueue_token, sent_at, cx, &mut effects);
             }
             // The enqueue mark is unknown, so only a reply can confirm the grant.
             Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.retry_acquire(&mut effects),

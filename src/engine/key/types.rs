@@ -48,8 +48,8 @@ pub(crate) enum Flaw {
     EndsByClientsClock,
     /// The store never ends shared leases and permits.
     NeverEndsHolders,
-    /// The store keeps the mark of shared holders and permits after the last of them has left.
-    KeepsMark,
+    /// The store keeps the marker of shared holders and permits after the last of them has left.
+    KeepsMarker,
     /// Releases a cycle in the background although its `min_hold` has not passed.
     ForgetsMinHolds,
     /// A turn also serves tasks that came after it began.

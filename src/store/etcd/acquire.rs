@@ -13,7 +13,7 @@ use super::names::member;
 use super::queue::{self, Member, Queue, first_in, floor_of, tokens_of};
 use super::release::withdraw;
 use super::term::{ConfirmedIn, RenewedIn};
-use super::waits::Wait;
+use super::waits::WaitingCycle;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::identity::parse_owner_tag;
@@ -39,7 +39,7 @@ const NOTES_PER_TRANSACTION: usize = 100;
 
 /// A cycle that contends for a key, and the parameters of its requests.
 #[derive(Debug, Clone)]
-pub(super) struct Contender {
+pub(super) struct EtcdContender {
     pub(super) key: LockKey,
     pub(super) cycle: Cycle,
     pub(super) ttl: Duration,
@@ -49,7 +49,7 @@ pub(super) struct Contender {
     pub(super) name: String,
 }
 
-impl Contender {
+impl EtcdContender {
     pub(super) fn new(shared: &Shared, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32) -> Self {
         Self {
             prefix: shared.names.prefix(key),
@@ -100,7 +100,7 @@ pub(super) async fn acquire(
         ttl,
         tokens,
     } = request;
-    let contender = Contender::new(&shared, &key, cycle, ttl, tokens);
+    let contender = EtcdContender::new(&shared, &key, cycle, ttl, tokens);
     let floor = shared.floor();
     let answer = |(sent_at, reply)| Answer {
         sent_at,
@@ -124,7 +124,7 @@ pub(super) async fn acquire(
 }
 
 /// Whether the key has holders or waiters that leave no room for the contender.
-async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result<bool, StoreError> {
+async fn is_taken(shared: &Shared, link: &Link, contender: &EtcdContender) -> Result<bool, StoreError> {
     let read = async |mut client: etcd_client::Client| {
         let members = match contender.mode() {
             LockMode::Exclusive => queue::in_order().with_limit(1),
@@ -143,7 +143,7 @@ async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result
 async fn take(
     shared: &Shared,
     link: &Link,
-    contender: &Contender,
+    contender: &EtcdContender,
     kind: AcquireKind,
 ) -> Result<(Moment, AcquireReply), EtcdError> {
     let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
@@ -181,7 +181,7 @@ const fn refused(kind: AcquireKind) -> AcquireReply {
 async fn take_beside(
     shared: &Shared,
     link: &Link,
-    contender: &Contender,
+    contender: &EtcdContender,
     kind: AcquireKind,
 ) -> Result<(Moment, AcquireReply), EtcdError> {
     let ran = put_and_read(shared, link, contender).await?;
@@ -198,7 +198,7 @@ async fn take_beside(
 pub(super) async fn join(
     shared: &Shared,
     link: &Link,
-    contender: &Contender,
+    contender: &EtcdContender,
 ) -> Result<(Moment, AcquireReply), EtcdError> {
     let ran = put_and_read(shared, link, contender).await?;
     let queue = Queue::in_reply(&ran.reply)?;
@@ -207,7 +207,7 @@ pub(super) async fn join(
 }
 
 /// Puts the contender's key, for the first time or again, and reads the queue.
-async fn put_and_read(shared: &Shared, link: &Link, contender: &Contender) -> Result<Ran, EtcdError> {
+async fn put_and_read(shared: &Shared, link: &Link, contender: &EtcdContender) -> Result<Ran, EtcdError> {
     let read = || Queue::read(&contender.prefix, contender.mode());
     under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
@@ -225,7 +225,7 @@ async fn put_and_read(shared: &Shared, link: &Link, contender: &Contender) -> Re
 pub(super) async fn move_to(
     shared: &Shared,
     link: &Link,
-    contender: &Contender,
+    contender: &EtcdContender,
     lease: EtcdLease,
     seen: &Member,
 ) -> Result<(), EtcdError> {
@@ -296,7 +296,7 @@ impl Ran {
 pub(super) async fn under_a_lease(
     shared: &Shared,
     link: &Link,
-    contender: &Contender,
+    contender: &EtcdContender,
     age_max: Duration,
     transaction: impl Fn(EtcdLease) -> Txn,
 ) -> Result<Ran, EtcdError> {
@@ -438,7 +438,7 @@ pub(super) async fn keep_in_term(
 pub(super) async fn judge(
     shared: &Shared,
     link: &Link,
-    contender: &Contender,
+    contender: &EtcdContender,
     queue: &Queue,
     lease: EtcdLease,
 ) -> Result<AcquireReply, EtcdError> {
@@ -452,7 +452,7 @@ pub(super) async fn judge(
     let blocker = queue.blocker(position, contender.mode())?;
     shared.waits.add(
         contender.cycle,
-        Wait::new(contender.key.clone(), lease, blocker, queue.revision),
+        WaitingCycle::new(contender.key.clone(), lease, blocker, queue.revision),
     );
     if shared.cycles.lease(contender.cycle).is_none() {
         // The release ran before the wait was added, and did not find it.
@@ -475,7 +475,12 @@ pub(super) async fn judge(
 }
 
 /// The reply to a member that holds the key.
-fn granted(shared: &Shared, contender: &Contender, queue: &Queue, mine: &Member) -> Result<AcquireReply, EtcdError> {
+fn granted(
+    shared: &Shared,
+    contender: &EtcdContender,
+    queue: &Queue,
+    mine: &Member,
+) -> Result<AcquireReply, EtcdError> {
     let tokens = tokens_of(queue.revision, contender.tokens)?;
     shared.waits.remove(contender.cycle);
     Ok(AcquireReply::Granted {
@@ -487,7 +492,7 @@ fn granted(shared: &Shared, contender: &Contender, queue: &Queue, mine: &Member)
 
 /// Leaves notes for the holders that do not expect other contenders. They end with the waiter's
 /// lease.
-async fn notify_holders(shared: &Shared, link: &Link, contender: &Contender, holders: &[Member], lease: EtcdLease) {
+async fn notify_holders(shared: &Shared, link: &Link, contender: &EtcdContender, holders: &[Member], lease: EtcdLease) {
     let tags = holders.iter().map(|holder| member(&contender.prefix, &holder.name));
     let notes: Vec<String> = tags
         .filter_map(|tag| {

@@ -404,14 +404,14 @@ mod tests {
                     let holds = rest.holders() == rest.members.len();
                     assert!(
                         is_told || !holds,
-                        "{of:?} is not told after {step} from {first_to_leave}"
+                        "{of:?} is not notified after {step} from {first_to_leave}"
                     );
                     if holds {
                         break;
                     }
                     if is_told {
                         // It asks again and finds what blocks it now.
-                        assert!(matches!(blocker, Blocker::Key(_)), "{of:?} is told too early");
+                        assert!(matches!(blocker, Blocker::Key(_)), "{of:?} is notified too early");
                         blocker = rest.blocker(rest.members.len() - 1, of[last]).unwrap();
                     }
                 }

@@ -8,7 +8,7 @@ use etcd_client::{
 };
 
 use super::Shared;
-use super::acquire::{Contender, judge, under_a_lease};
+use super::acquire::{EtcdContender, judge, under_a_lease};
 use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use super::link::Link;
@@ -50,12 +50,12 @@ pub(super) async fn release(
     } = request;
     let mut end = RevokeAtTheEnd::begin(&shared, cycle);
     let floor = shared.floor();
-    let leaving = Contender::new(&shared, &key, cycle, cycle.ttl(), tokens);
+    let leaving = EtcdContender::new(&shared, &key, cycle, cycle.ttl(), tokens);
     let released = match (requeue, rest) {
         (None, Some(rest)) => retire(&shared, &link, &leaving, rest, &mut end).await,
         (None, None) => leave(&shared, &link, &leaving, &mut end).await,
         (Some(next), _) => {
-            let next = Contender::new(&shared, &key, next, next.ttl(), tokens);
+            let next = EtcdContender::new(&shared, &key, next, next.ttl(), tokens);
             leave_and_join(&shared, &link, &leaving, &next, &mut end).await
         }
     };
@@ -74,7 +74,7 @@ pub(super) async fn release(
 async fn retire(
     shared: &Shared,
     link: &Link,
-    leaving: &Contender,
+    leaving: &EtcdContender,
     rest: Duration,
     end: &mut RevokeAtTheEnd<'_>,
 ) -> Result<(Moment, ReleaseReply), EtcdError> {
@@ -121,7 +121,7 @@ async fn retire(
     Ok((sent_at, ReleaseReply::RETIRED))
 }
 
-async fn read_owner(shared: &Shared, link: &Link, leaving: &Contender) -> Result<Option<Member>, EtcdError> {
+async fn read_owner(shared: &Shared, link: &Link, leaving: &EtcdContender) -> Result<Option<Member>, EtcdError> {
     let read = async |mut client: etcd_client::Client| {
         let only_first = in_order().with_limit(1);
         client.get(leaving.prefix.as_str(), Some(only_first)).await
@@ -132,7 +132,7 @@ async fn read_owner(shared: &Shared, link: &Link, leaving: &Contender) -> Result
 }
 
 /// Leaves the queue.
-pub(super) async fn withdraw(shared: &Shared, link: &Link, leaving: &Contender) -> Result<(), EtcdError> {
+pub(super) async fn withdraw(shared: &Shared, link: &Link, leaving: &EtcdContender) -> Result<(), EtcdError> {
     let mut end = RevokeAtTheEnd::begin(shared, leaving.cycle);
     leave(shared, link, leaving, &mut end).await.map(drop)
 }
@@ -140,7 +140,7 @@ pub(super) async fn withdraw(shared: &Shared, link: &Link, leaving: &Contender) 
 async fn leave(
     shared: &Shared,
     link: &Link,
-    leaving: &Contender,
+    leaving: &EtcdContender,
     end: &mut RevokeAtTheEnd<'_>,
 ) -> Result<(Moment, ReleaseReply), EtcdError> {
     let sent_at = Moment::now();
@@ -171,8 +171,8 @@ async fn leave(
 async fn leave_and_join(
     shared: &Shared,
     link: &Link,
-    leaving: &Contender,
-    next: &Contender,
+    leaving: &EtcdContender,
+    next: &EtcdContender,
     end: &mut RevokeAtTheEnd<'_>,
 ) -> Result<(Moment, ReleaseReply), EtcdError> {
     shared.cycles.open(next.cycle, next.ttl, Moment::now());
@@ -205,7 +205,7 @@ async fn leave_and_join(
     Ok((sent_at, reply))
 }
 
-fn delete(leaving: &Contender) -> TxnOp {
+fn delete(leaving: &EtcdContender) -> TxnOp {
     let options = DeleteOptions::new().with_prev_key();
     TxnOp::delete(leaving.name.as_str(), Some(options))
 }
@@ -231,7 +231,7 @@ impl<'a> RevokeAtTheEnd<'a> {
 
     /// Whether the cycle still held the lock: exclusively if its key was the first, in another mode
     /// if its key is the one with which it held the lock before.
-    fn held(&self, leaving: &Contender, replies: &[TxnOpResponse]) -> bool {
+    fn held(&self, leaving: &EtcdContender, replies: &[TxnOpResponse]) -> bool {
         if leaving.mode().is_exclusive() {
             return first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
         }

@@ -18,7 +18,7 @@ use etcd_client::{Txn, TxnOp, TxnOpResponse};
 use futures_util::StreamExt;
 
 use super::Shared;
-use super::acquire::{Contender, keep_in_term, move_to, unconfirmed, under_a_lease};
+use super::acquire::{EtcdContender, keep_in_term, move_to, unconfirmed, under_a_lease};
 use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use super::keep_alive::AT_A_TIME;
@@ -41,15 +41,15 @@ const ROUNDS: usize = 2;
 
 /// A renewal, and what is known of it.
 struct Renewing {
-    contender: Contender,
+    contender: EtcdContender,
     /// The create revision with which the cycle became the owner.
     owned: Option<i64>,
-    verdict: Verdict,
+    verdict: RenewalVerdict,
 }
 
 /// What the replies to a renewal mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+enum RenewalVerdict {
     Known(RenewReply),
     /// There was no reply, or none that is conclusive about the lease.
     Unanswered,
@@ -87,9 +87,9 @@ pub(super) async fn renew(
     let mut renewing: Vec<Renewing> = batch
         .iter()
         .map(|renewal| Renewing {
-            contender: Contender::new(&shared, &renewal.key, renewal.cycle, renewal.ttl, NO_TOKENS),
+            contender: EtcdContender::new(&shared, &renewal.key, renewal.cycle, renewal.ttl, NO_TOKENS),
             owned: shared.cycles.owned(renewal.cycle),
-            verdict: Verdict::Unanswered,
+            verdict: RenewalVerdict::Unanswered,
         })
         .collect();
     let mut failed = None;
@@ -133,7 +133,7 @@ async fn renew_in_rounds(
             break;
         }
         keep_and_read(shared, &mut rest, left, failed).await;
-        rest.retain(|one| one.verdict == Verdict::Unconfirmed);
+        rest.retain(|one| one.verdict == RenewalVerdict::Unconfirmed);
         if !rest.is_empty() {
             tracing::debug!(shard = %shared.shard, round, leases = rest.len(), "renewals were not confirmed");
             *failed = Some(unconfirmed());
@@ -194,15 +194,19 @@ async fn keep_and_read(
             _ => None,
         };
         one.verdict = verdict(kept, seen, failed);
-        if let (Some(lease), Verdict::Known(RenewReply::Extended { .. })) = (renewed, one.verdict) {
+        if let (Some(lease), RenewalVerdict::Known(RenewReply::Extended { .. })) = (renewed, one.verdict) {
             shared.cycles.confirmed(one.contender.cycle, lease, started);
         }
     }
 }
 
-fn verdict(kept: Option<Result<Kept, EtcdError>>, seen: Option<Seen>, failed: &mut Option<EtcdError>) -> Verdict {
+fn verdict(
+    kept: Option<Result<Kept, EtcdError>>,
+    seen: Option<Seen>,
+    failed: &mut Option<EtcdError>,
+) -> RenewalVerdict {
     let (lease, has_waiters, confirmed) = match seen {
-        Some(Seen::NotOurs) => return Verdict::Known(RenewReply::NotOurs),
+        Some(Seen::NotOurs) => return RenewalVerdict::Known(RenewReply::NotOurs),
         Some(Seen::Ours {
             lease,
             has_waiters,
@@ -211,22 +215,22 @@ fn verdict(kept: Option<Result<Kept, EtcdError>>, seen: Option<Seen>, failed: &m
         None => (None, false, None),
     };
     match (kept, lease, confirmed) {
-        (Some(Ok(Kept::NotOurs)), ..) => Verdict::Known(RenewReply::NotOurs),
-        (Some(Ok(Kept::Moved)), Some(_), _) => Verdict::Known(RenewReply::Extended { has_waiters }),
+        (Some(Ok(Kept::NotOurs)), ..) => RenewalVerdict::Known(RenewReply::NotOurs),
+        (Some(Ok(Kept::Moved)), Some(_), _) => RenewalVerdict::Known(RenewReply::Extended { has_waiters }),
         (Some(Ok(Kept::Renewed(kept, term))), Some(lease), Some(confirmed)) => {
             match kept.id == lease && term.is_confirmed_by(confirmed) {
-                true => Verdict::Known(RenewReply::Extended { has_waiters }),
-                false => Verdict::Unconfirmed,
+                true => RenewalVerdict::Known(RenewReply::Extended { has_waiters }),
+                false => RenewalVerdict::Unconfirmed,
             }
         }
         // A member that lags behind may not know the lease yet, or the key has moved to another
         // lease. If neither is true, a later read does not find the key.
-        (Some(Err(EtcdError::LeaseGone)), ..) => Verdict::Unconfirmed,
+        (Some(Err(EtcdError::LeaseGone)), ..) => RenewalVerdict::Unconfirmed,
         (Some(Err(error)), ..) => {
             *failed = Some(error);
-            Verdict::Unanswered
+            RenewalVerdict::Unanswered
         }
-        (Some(Ok(_)) | None, ..) => Verdict::Unanswered,
+        (Some(Ok(_)) | None, ..) => RenewalVerdict::Unanswered,
     }
 }
 
@@ -237,7 +241,7 @@ impl Renewing {
 
     /// What shows whether the cycle still holds the lock, and whether another waits for it.
     fn reads(&self) -> Vec<TxnOp> {
-        let Contender { prefix, name, .. } = &self.contender;
+        let EtcdContender { prefix, name, .. } = &self.contender;
         match self.is_exclusive() {
             true => vec![Queue::read_first(prefix)],
             false => vec![Queue::read_one(name), Queue::read_some(prefix, MEMBERS_READ)],
@@ -246,15 +250,15 @@ impl Renewing {
 
     fn reply(&self) -> Option<RenewReply> {
         match self.verdict {
-            Verdict::Known(reply) => Some(reply),
-            Verdict::Unanswered | Verdict::Unconfirmed => None,
+            RenewalVerdict::Known(reply) => Some(reply),
+            RenewalVerdict::Unanswered | RenewalVerdict::Unconfirmed => None,
         }
     }
 }
 
 async fn keep_one(
     shared: Arc<Shared>,
-    contender: Contender,
+    contender: EtcdContender,
     owned: Option<i64>,
     limit: Duration,
     index: usize,
@@ -264,7 +268,7 @@ async fn keep_one(
 }
 
 /// Keeps the lease alive, or replaces it by one that is long enough.
-async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> Result<Kept, EtcdError> {
+async fn extend(shared: &Shared, contender: &EtcdContender, owned: Option<i64>) -> Result<Kept, EtcdError> {
     let cycle = contender.cycle;
     if shared.cycles.lease(cycle).is_none() {
         return Ok(Kept::NotOurs);
@@ -381,7 +385,7 @@ mod tests {
         granted: true,
     };
 
-    fn of(kept: Result<Kept, EtcdError>, seen: Option<Seen>) -> Verdict {
+    fn of(kept: Result<Kept, EtcdError>, seen: Option<Seen>) -> RenewalVerdict {
         verdict(Some(kept), seen, &mut None)
     }
 
@@ -399,22 +403,25 @@ mod tests {
 
     #[test]
     fn renewal_counts_if_the_read_is_of_its_lease_and_of_no_later_term() {
-        let extended = Verdict::Known(RenewReply::Extended { has_waiters: true });
+        let extended = RenewalVerdict::Known(RenewReply::Extended { has_waiters: true });
         assert_eq!(of(renewed_in(3), seen(LEASE.id, 3)), extended);
-        assert_eq!(of(renewed_in(2), seen(LEASE.id, 3)), Verdict::Unconfirmed);
-        assert_eq!(of(renewed_in(3), seen(8, 3)), Verdict::Unconfirmed);
-        assert_eq!(of(renewed_in(3), None), Verdict::Unanswered);
+        assert_eq!(of(renewed_in(2), seen(LEASE.id, 3)), RenewalVerdict::Unconfirmed);
+        assert_eq!(of(renewed_in(3), seen(8, 3)), RenewalVerdict::Unconfirmed);
+        assert_eq!(of(renewed_in(3), None), RenewalVerdict::Unanswered);
         assert_eq!(of(Ok(Kept::Moved), seen(8, 3)), extended);
     }
 
     #[test]
     fn only_a_read_refuses_a_renewal() {
-        let refused = Verdict::Known(RenewReply::NotOurs);
+        let refused = RenewalVerdict::Known(RenewReply::NotOurs);
         assert_eq!(of(renewed_in(3), Some(Seen::NotOurs)), refused);
         assert_eq!(verdict(None, Some(Seen::NotOurs), &mut None), refused);
         // A member that lags behind does not know every lease.
-        assert_eq!(of(Err(EtcdError::LeaseGone), seen(LEASE.id, 3)), Verdict::Unconfirmed);
-        assert_eq!(of(Err(EtcdError::LeaseGone), None), Verdict::Unconfirmed);
+        assert_eq!(
+            of(Err(EtcdError::LeaseGone), seen(LEASE.id, 3)),
+            RenewalVerdict::Unconfirmed
+        );
+        assert_eq!(of(Err(EtcdError::LeaseGone), None), RenewalVerdict::Unconfirmed);
         assert_eq!(of(Ok(Kept::NotOurs), None), refused);
     }
 }

@@ -223,7 +223,7 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
         .await
         .unwrap();
     let after = bench.only_lease().await;
-    let contender = acquire::Contender::new(shared, &bench.key, Cycle::of(2), TTL, 1);
+    let contender = acquire::EtcdContender::new(shared, &bench.key, Cycle::of(2), TTL, 1);
     let reply = bench
         .etcd
         .client()

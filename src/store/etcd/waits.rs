@@ -21,7 +21,7 @@ use crate::protocol::Cycle;
 
 /// A waiting cycle.
 #[derive(Debug, Clone)]
-pub(super) struct Wait {
+pub(super) struct WaitingCycle {
     pub(super) key: LockKey,
     pub(super) lease: EtcdLease,
     /// What it waits for.
@@ -43,7 +43,7 @@ pub(super) struct Waits {
 
 #[derive(Debug, Default)]
 struct Inner {
-    by_cycle: HashMap<Cycle, Wait>,
+    by_cycle: HashMap<Cycle, WaitingCycle>,
     /// The cycles whose change the watch has not received yet. Empty while there is no watch; a new
     /// one starts with all cycles.
     changed: HashSet<Cycle>,
@@ -55,7 +55,7 @@ const KEEP_EVERY: u32 = 4;
 /// Leases that are due within this time are renewed together.
 const KEEP_TOGETHER: Duration = Duration::from_millis(100);
 
-impl Wait {
+impl WaitingCycle {
     pub(super) fn new(key: LockKey, lease: EtcdLease, blocker: Blocker, seen_at: i64) -> Self {
         Self {
             key,
@@ -73,7 +73,7 @@ fn renew_interval(lease: EtcdLease) -> Duration {
 }
 
 impl Waits {
-    pub(super) fn add(&self, cycle: Cycle, wait: Wait) {
+    pub(super) fn add(&self, cycle: Cycle, wait: WaitingCycle) {
         let mut inner = self.inner.lock();
         inner.by_cycle.insert(cycle, wait);
         inner.mark_changed(cycle);
@@ -108,7 +108,7 @@ impl Waits {
     }
 
     /// What has changed since the last call: the wait, or `None` if it is over.
-    pub(super) fn changes(&self) -> Vec<(Cycle, Option<Wait>)> {
+    pub(super) fn changes(&self) -> Vec<(Cycle, Option<WaitingCycle>)> {
         let mut inner = self.inner.lock();
         let changed = std::mem::take(&mut inner.changed);
         changed

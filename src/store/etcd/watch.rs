@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::queue::Blocker;
-use super::waits::Wait;
+use super::waits::WaitingCycle;
 use super::{Shared, error};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -202,28 +202,28 @@ async fn receive(
     confirmed: &mut bool,
 ) -> End {
     loop {
-        let told = match stream.message().await {
-            Ok(Some(told)) => told,
+        let response = match stream.message().await {
+            Ok(Some(response)) => response,
             Ok(None) => return End::Broken("etcd closed the stream".to_owned()),
             Err(error) => return End::Broken(error.to_string()),
         };
-        let pushed = if told.watch_id() == INBOX || told.watch_id() < 0 {
-            if told.canceled() {
-                let reason = told.cancel_reason();
+        let pushed = if response.watch_id() == INBOX || response.watch_id() < 0 {
+            if response.canceled() {
+                let reason = response.cancel_reason();
                 return match error::missing_permission(reason, shared.names.namespace()) {
                     Some(refusal) => End::Refused(refusal),
                     None => End::Broken(format!("etcd ended the watch: {reason}")),
                 };
             }
-            if told.created() && !*confirmed {
+            if response.created() && !*confirmed {
                 *confirmed = true;
                 shared.metrics.subscriptions.increment(1);
                 pushes.send(Push::Resubscribed { slot: None })
             } else {
-                notes(shared, &told).try_for_each(|push| pushes.send(push))
+                notes(shared, &response).try_for_each(|push| pushes.send(push))
             }
         } else {
-            match ended(&told, watches) {
+            match ended(&response, watches) {
                 Some(push) => pushes.send(push),
                 None => Ok(()),
             }
@@ -235,8 +235,8 @@ async fn receive(
 }
 
 /// The pushes for notes that were put into the inbox.
-fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item = Push> + 'a {
-    told.events().iter().filter_map(|event| {
+fn notes<'a>(shared: &'a Shared, response: &'a WatchResponse) -> impl Iterator<Item = Push> + 'a {
+    response.events().iter().filter_map(|event| {
         let name = event.kv()?.key();
         let note = shared.names.read_note(name);
         if note.is_none() {
@@ -248,19 +248,19 @@ fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item 
 }
 
 /// What blocked the cycle is gone, or etcd ended the watch: the cycle asks again.
-fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
-    let mut gone = told
+fn ended(response: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
+    let mut gone = response
         .events()
         .iter()
         .filter(|event| event.event_type() == EventType::Delete)
         .filter_map(etcd_client::Event::kv)
         .peekable();
-    if gone.peek().is_none() && !told.canceled() {
+    if gone.peek().is_none() && !response.canceled() {
         return None;
     }
     let mut watches = watches.lock();
     // A watch that we cancelled is no longer listed.
-    let watched = watches.by_number.get_mut(&told.watch_id())?;
+    let watched = watches.by_number.get_mut(&response.watch_id())?;
     let is_over = match &mut watched.blocker {
         Blocker::Key(_) => true,
         // Each key that is gone is removed, also those after the one that decides.
@@ -272,7 +272,7 @@ fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
             is_over
         }
     };
-    (is_over || told.canceled()).then(|| Push::YourTurn {
+    (is_over || response.canceled()).then(|| Push::YourTurn {
         key: watched.key.clone(),
         cycle: watched.cycle,
     })
@@ -280,7 +280,7 @@ fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
 
 impl Watches {
     /// Assigns a number to a new watch.
-    fn number(&mut self, cycle: Cycle, wait: &Wait) -> i64 {
+    fn number(&mut self, cycle: Cycle, wait: &WaitingCycle) -> i64 {
         self.last += 1;
         let watched = Watched {
             cycle,

@@ -1,12 +1,13 @@
 //! One node of a quorum: a primary and its known state.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use crate::clock::Moment;
+use crate::late_requests::{LateRequests, Rechecks};
 use crate::protocol::{Cycle, Release};
 use crate::store::redis::primary::RedisStore;
 use crate::store::{LATE_MAX, LeaseStore};
@@ -30,25 +31,19 @@ pub(super) struct Node {
     late_claims: Mutex<LateClaims>,
 }
 
-/// What may still execute here long after it was sent, on an abandoned connection: a claim that no
-/// task waits for any more.
-#[derive(Default)]
+/// Claims that may still be executed here although no task waits for them any more, and the
+/// releases that are repeated because of them.
 struct LateClaims {
-    /// When a connection was last abandoned, and an upper bound of the numbers of the cycles for
-    /// which something was sent on it.
-    cut: Option<(Moment, u64)>,
-    /// The releases answered since then, each with the time to repeat it and the time at which its
-    /// lease has run out anyway. In the order of those times.
-    repeats: VecDeque<Repeat>,
+    requests: LateRequests,
+    releases: Rechecks<Repeat>,
 }
 
-/// A release to repeat when nothing of its cycle can arrive any more.
+/// A release to repeat when no claim of its cycle can arrive any more.
 #[derive(Clone)]
 pub(super) struct Repeat {
-    pub(super) due: Moment,
+    /// When its lease has run out anyway.
     pub(super) end: Moment,
     pub(super) release: Release,
-    is_postponed: bool,
 }
 
 /// The most pending releases that are kept per node. The oldest beyond that expire with their TTL.
@@ -65,7 +60,10 @@ impl Node {
             downs: AtomicU64::new(0),
             foreign: AtomicBool::new(false),
             pending_releases: Mutex::new(BTreeMap::new()),
-            late_claims: Mutex::new(LateClaims::default()),
+            late_claims: Mutex::new(LateClaims {
+                requests: LateRequests::default(),
+                releases: Rechecks::new(LATE_MAX),
+            }),
         }
     }
 
@@ -180,60 +178,40 @@ impl Node {
         let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < LATE_MAX) else {
             return;
         };
-        let mut late_claims = self.late_claims.lock();
-        let newest = match late_claims.cut {
-            Some((known, newest)) if known == cut => newest,
-            _ => late_claims.cut.insert((cut, newest)).1,
-        };
-        if release.cycle.number() <= newest && late_claims.repeats.len() < PENDING_RELEASES_MAX {
-            let due = now + LATE_MAX;
-            late_claims.repeats.push_back(Repeat {
-                due,
-                end: due + longest,
+        let mut late = self.late_claims.lock();
+        if late.requests.may_include(release.cycle, cut, || newest) && late.releases.len() < PENDING_RELEASES_MAX {
+            let repeat = Repeat {
+                end: now + LATE_MAX + longest,
                 release: Release {
                     requeue: None,
                     nobody_waits: false,
                     ..release.clone()
                 },
-                is_postponed: false,
-            });
+            };
+            late.releases.add(repeat, now);
         }
     }
 
-    /// The releases that are due to be repeated now, which are the first in the list.
-    pub(super) fn due_repeats(&self) -> Vec<Repeat> {
-        let now = Moment::now();
-        let is_cut = self.store.last_cut().is_some_and(|cut| now.since(cut) < LATE_MAX);
-        let mut late_claims = self.late_claims.lock();
-        let count = late_claims
-            .repeats
-            .iter()
-            .take_while(|repeat| repeat.due <= now)
-            .count();
-        if is_cut {
-            // The claim's connection may have been abandoned only then, so each release is
-            // postponed once.
-            let (again, due): (Vec<_>, Vec<_>) = late_claims
-                .repeats
-                .drain(..count)
-                .partition(|repeat| !repeat.is_postponed);
-            due.into_iter()
-                .rev()
-                .for_each(|repeat| late_claims.repeats.push_front(repeat));
-            late_claims.repeats.extend(again.into_iter().map(|repeat| Repeat {
-                due: now + LATE_MAX,
-                is_postponed: true,
-                ..repeat
-            }));
+    /// The next release that is due to be repeated. It stays due until it is
+    /// [`repeated`](Self::repeated).
+    pub(super) fn due_repeat(&self) -> Option<Repeat> {
+        let (now, last_cut) = (Moment::now(), self.store.last_cut());
+        let mut late = self.late_claims.lock();
+        while late.releases.first_due(now).is_some() {
+            if !late.releases.postpone_first(now, last_cut) {
+                return late.releases.first_due(now).cloned();
+            }
         }
-        let due = late_claims.repeats.iter().take_while(|repeat| repeat.due <= now);
-        due.cloned().collect()
+        None
     }
 
-    /// The first `count` of them are done.
-    pub(super) fn repeated(&self, count: usize) {
-        let mut late_claims = self.late_claims.lock();
-        let count = count.min(late_claims.repeats.len());
-        late_claims.repeats.drain(..count);
+    /// That release is done.
+    pub(super) fn repeated(&self, done: &Repeat) {
+        let mut late = self.late_claims.lock();
+        // The worker and a shutdown may repeat the same one.
+        let is_first = |first: &Repeat| first.release.cycle == done.release.cycle;
+        if late.releases.first_due(Moment::now()).is_some_and(is_first) {
+            late.releases.remove_first();
+        }
     }
 }

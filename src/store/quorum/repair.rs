@@ -151,16 +151,14 @@ async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> bool {
 /// Repeats the releases after which a claim may have arrived. One without an answer is tried again
 /// with the next probe.
 async fn repeat_releases(quorum: &Quorum, node: &Node) {
-    let mut done = 0;
-    for repeat in node.due_repeats() {
-        let releasing = node.store.release(Priority::Background, repeat.release);
+    while let Some(repeat) = node.due_repeat() {
+        let releasing = node.store.release(Priority::Background, repeat.release.clone());
         let released = timeout(quorum.node_limit, releasing).await;
         if !matches!(released, Ok(Ok(_))) && Moment::now() < repeat.end {
             break;
         }
-        done += 1;
+        node.repeated(&repeat);
     }
-    node.repeated(done);
 }
 
 /// Waits until no release is in flight, and none is pending for a node that is up.

@@ -7,6 +7,10 @@ use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use super::permission;
 
+/// How many leases one call of the renewal script covers: few enough that other requests get a turn
+/// in between.
+pub(super) const RENEWALS_PER_CALL: usize = 128;
+
 /// Indices into a batch, for items sent in one call.
 pub(super) type Part = Vec<usize>;
 

@@ -43,7 +43,7 @@ pub(super) trait Opener: Send + Sync + 'static {
     fn open(&self) -> impl Future<Output = Result<PooledConnection, StoreError>> + Send;
 
     /// Whether a connection of this origin may still be used, as far as is known without asking.
-    fn is_current(&self, origin: &Origin) -> bool;
+    fn is_current(&self, origin: &ConnectionOrigin) -> bool;
 
     /// The command that checks an idle connection.
     fn check(&self) -> Cmd;
@@ -54,7 +54,7 @@ pub(super) trait Opener: Send + Sync + 'static {
 
 /// Where a connection leads to, and what was known of the primary when it was opened.
 #[derive(Debug, Clone)]
-pub(super) struct Origin {
+pub(super) struct ConnectionOrigin {
     /// `host:port`
     pub(super) place: Arc<str>,
     pub(super) switches: u64,
@@ -64,7 +64,7 @@ pub(super) struct Origin {
 /// A connection of a pool. Closed when it is dropped.
 pub(super) struct PooledConnection {
     pub(super) connection: MultiplexedConnection,
-    pub(super) origin: Origin,
+    pub(super) origin: ConnectionOrigin,
     /// Different from the generation of every kept connection.
     pub(super) number: u64,
     /// When it was last lent, at the latest.
@@ -73,7 +73,7 @@ pub(super) struct PooledConnection {
 }
 
 impl PooledConnection {
-    pub(super) fn new(connection: MultiplexedConnection, driver: Driver, origin: Origin) -> Self {
+    pub(super) fn new(connection: MultiplexedConnection, driver: Driver, origin: ConnectionOrigin) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(1 << 63);
         Self {
             connection,

@@ -56,7 +56,7 @@ pub(super) struct ReplicaAck {
 
 /// A wait that was sent, for the error message if it fails.
 #[derive(Clone, Copy)]
-pub(super) struct Wait {
+pub(super) struct ReplicaWait {
     replicas: u32,
     limit: Duration,
 }
@@ -72,7 +72,7 @@ impl ReplicaAck {
     }
 
     /// The wait to send behind the next request.
-    pub(super) fn next(&self) -> Wait {
+    pub(super) fn next(&self) -> ReplicaWait {
         let (now, until) = (Moment::now(), self.short_until.load(Ordering::Relaxed));
         let long = within(self.timeout);
         if until == 0 {
@@ -88,13 +88,13 @@ impl ReplicaAck {
     }
 
     /// The wait to send behind requests with this time limit.
-    pub(super) fn within(&self, limit: Duration) -> Wait {
+    pub(super) fn within(&self, limit: Duration) -> ReplicaWait {
         self.wait(within(limit))
     }
 
     /// A wait of exactly this long.
-    pub(super) const fn wait(&self, limit: Duration) -> Wait {
-        Wait {
+    pub(super) const fn wait(&self, limit: Duration) -> ReplicaWait {
+        ReplicaWait {
             replicas: self.replicas,
             limit,
         }
@@ -106,7 +106,7 @@ impl ReplicaAck {
     }
 
     /// Fails unless enough replicas have confirmed, and adapts the next waits.
-    pub(super) fn check(&self, wait: Wait, reply: &Value) -> Result<(), StoreError> {
+    pub(super) fn check(&self, wait: ReplicaWait, reply: &Value) -> Result<(), StoreError> {
         let acked = acked(reply);
         if self.is_enough(acked) {
             self.short_until.store(0, Ordering::Relaxed);
@@ -133,7 +133,7 @@ impl ReplicaAck {
     }
 }
 
-impl Wait {
+impl ReplicaWait {
     pub(super) fn command(self) -> Cmd {
         let mut wait = cmd("WAIT");
         // Zero would mean no limit.

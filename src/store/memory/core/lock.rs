@@ -14,7 +14,7 @@ pub(super) struct Lock {
     /// The shared leases and permits. Empty while there is an exclusive lease.
     pub(super) holders: Vec<HolderRecord>,
     pub(super) queue: BTreeSet<Member>,
-    /// The end of a mark that was kept by [`Flaw::KeepsMark`].
+    /// The end of a marker that was kept by [`Flaw::KeepsMarker`].
     #[cfg(test)]
     pub(super) marked_until: Option<Moment>,
 }

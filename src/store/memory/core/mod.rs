@@ -239,8 +239,8 @@ impl MemoryCore {
             owner: retired.to_owned(),
             ends: Some(lease.ends.map_or(until, |ends| ends.min(until))),
         };
-        let told: Vec<Member> = lock.queue.iter().take(NOTIFIED_MAX).cloned().collect();
-        for member in told {
+        let notified: Vec<Member> = lock.queue.iter().take(NOTIFIED_MAX).cloned().collect();
+        for member in notified {
             if let Some((manager, cycle)) = parse_owner_tag(&member.owner) {
                 self.notify(
                     manager,
@@ -428,7 +428,7 @@ impl MemoryCore {
         if let Some(lock) = self.locks.get_mut(key) {
             lock.lease.take_if(|lease| lease.owner == owner);
             #[cfg(test)]
-            if self.flaw == Some(Flaw::KeepsMark)
+            if self.flaw == Some(Flaw::KeepsMarker)
                 && let [holder] = &lock.holders[..]
                 && holder.owner == owner
             {

@@ -137,12 +137,12 @@ impl MemoryCore {
         let Some(lock) = self.locks.get(key) else { return };
         let exclusive = lock.lease.iter().map(|lease| lease.owner.as_str());
         let owners = exclusive.chain(lock.holders.iter().map(|holder| holder.owner.as_str()));
-        let told: Vec<(String, Cycle)> = owners
+        let notified: Vec<(String, Cycle)> = owners
             .filter_map(parse_owner_tag)
             .filter(|(_, cycle)| !cycle.expects_remote_waiters())
             .map(|(manager, cycle)| (manager.to_owned(), cycle))
             .collect();
-        for (manager, cycle) in told {
+        for (manager, cycle) in notified {
             let key = key.clone();
             self.notify(&manager, Push::RemoteWaiter { key, cycle });
         }

@@ -7,11 +7,11 @@ use std::time::Duration;
 use deadpool_redis::redis::{Cmd, RedisResult, Value, cmd};
 use parking_lot::Mutex;
 
-use super::super::checked_pool::{CheckedPool, Lent, Opener, Origin, PooledConnection};
+use super::super::checked_pool::{CheckedPool, ConnectionOrigin, Lent, Opener, PooledConnection};
 use super::super::client::{Target, with_reason};
 use super::super::connection::{self, InFlight};
 use super::node::{at, set_name};
-use super::topology::Place;
+use super::topology::NodeAddress;
 use crate::runtime::Runtimes;
 use crate::store::StoreError;
 
@@ -25,12 +25,12 @@ pub(super) struct CheckedPools {
     timeout: Duration,
     patience: Duration,
     runtimes: Arc<Runtimes>,
-    pools: Mutex<HashMap<Place, Arc<CheckedPool<NodeOpener>>>>,
+    pools: Mutex<HashMap<NodeAddress, Arc<CheckedPool<NodeOpener>>>>,
 }
 
 /// Opens connections to one node.
 pub(super) struct NodeOpener {
-    place: Place,
+    place: NodeAddress,
     target: Target,
     name: Cmd,
     patience: Duration,
@@ -54,11 +54,11 @@ impl CheckedPools {
     }
 
     /// Lends a connection to the node that has just answered.
-    pub(super) async fn get(&self, place: &Place) -> Result<Lent<NodeOpener>, StoreError> {
+    pub(super) async fn get(&self, place: &NodeAddress) -> Result<Lent<NodeOpener>, StoreError> {
         self.pool(place)?.get().await
     }
 
-    fn pool(&self, place: &Place) -> Result<Arc<CheckedPool<NodeOpener>>, StoreError> {
+    fn pool(&self, place: &NodeAddress) -> Result<Arc<CheckedPool<NodeOpener>>, StoreError> {
         let mut pools = self.pools.lock();
         if let Some(pool) = pools.get(place) {
             return Ok(Arc::clone(pool));
@@ -78,7 +78,7 @@ impl CheckedPools {
 
     /// Closes idle connections, and forgets nodes without any, which may have left the cluster.
     pub(super) fn close_idle(&self) {
-        let all: Vec<(Place, Arc<CheckedPool<NodeOpener>>)> = {
+        let all: Vec<(NodeAddress, Arc<CheckedPool<NodeOpener>>)> = {
             let pools = self.pools.lock();
             pools
                 .iter()
@@ -100,7 +100,7 @@ impl Opener for NodeOpener {
         let opening = connection::open(&self.target, None, connection::settings(), self.patience, &in_flight);
         let (mut connection, driver) = with_reason(self.target.info(), self.patience, opening).await?;
         set_name(&mut connection, &self.name, self.patience).await;
-        let origin = Origin {
+        let origin = ConnectionOrigin {
             place: Arc::clone(&self.place),
             switches: 0,
             era: 0,
@@ -109,7 +109,7 @@ impl Opener for NodeOpener {
     }
 
     /// A node that no longer owns a slot redirects its requests.
-    fn is_current(&self, _: &Origin) -> bool {
+    fn is_current(&self, _: &ConnectionOrigin) -> bool {
         true
     }
 

@@ -24,11 +24,11 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value, pipe};
 
-use super::super::replica_ack::{Wait, acked};
+use super::super::replica_ack::{ReplicaWait, acked};
 use super::super::reply::to_store_error;
 use super::super::script::Named;
 use super::pool::{NodePool, at_place};
-use super::topology::{Place, redirected};
+use super::topology::{NodeAddress, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::Slot;
@@ -50,7 +50,7 @@ pub(super) struct Call<'a> {
     /// Builds the command.
     pub(super) command: &'a (dyn Fn(Named) -> Cmd + Send + Sync),
     /// Sent behind the command, if replicas should have executed it before the reply counts.
-    pub(super) wait: Option<Wait>,
+    pub(super) wait: Option<ReplicaWait>,
     /// Whether `TRYAGAIN` is returned instead of retried.
     pub(super) stops_at_try_again: bool,
     /// How long the sender waits, if less than the store's time limit.
@@ -67,7 +67,7 @@ pub(super) struct NodeReply {
     /// How many replicas acknowledged, if that was requested.
     pub(super) acked: u32,
     /// The node that replied; `None` while the slot is being moved.
-    pub(super) place: Option<Place>,
+    pub(super) place: Option<NodeAddress>,
 }
 
 /// Why a call failed.
@@ -87,7 +87,7 @@ impl From<CallError> for StoreError {
 }
 
 /// The outcome of one attempt.
-enum Attempt {
+enum AttemptOutcome {
     Reply(Value, u32),
     Failed(RedisError),
     /// The command was not sent.
@@ -102,7 +102,7 @@ impl NodePool {
         let started = Moment::now();
         let deadline = started + call.limit.unwrap_or(shared.timeout - shared.timeout / 20);
         let mut named = Named::ByHash;
-        let mut asking: Option<Place> = None;
+        let mut asking: Option<NodeAddress> = None;
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
         let (mut redirections, mut repeated) = (0, false);
         loop {
@@ -123,7 +123,7 @@ impl NodePool {
                         None => shared.patience,
                     };
                     match self.attempt(&place, &call, named, was_asking, patience).await {
-                        Attempt::Reply(value, acked) => {
+                        AttemptOutcome::Reply(value, acked) => {
                             return Ok(NodeReply {
                                 value,
                                 sent_at,
@@ -132,17 +132,17 @@ impl NodePool {
                                 place: (!was_asking).then_some(place),
                             });
                         }
-                        Attempt::NotSent(error @ StoreError::Unavailable(_)) => {
+                        AttemptOutcome::NotSent(error @ StoreError::Unavailable(_)) => {
                             self.try_refresh(version).await;
                             error
                         }
-                        Attempt::NotSent(error) => return Err(CallError::Failed(error)),
-                        Attempt::Silent => {
+                        AttemptOutcome::NotSent(error) => return Err(CallError::Failed(error)),
+                        AttemptOutcome::Silent => {
                             repeated = true;
                             self.try_refresh(version).await;
                             StoreError::Unavailable(format!("{place} gave no answer within {patience:?}").into())
                         }
-                        Attempt::Failed(error) => {
+                        AttemptOutcome::Failed(error) => {
                             let leads_to = error.redirect_node().and_then(|(to, _)| redirected(to, &place));
                             match (error.kind(), leads_to) {
                                 (ErrorKind::Server(ServerErrorKind::NoScript), _) if named == Named::ByHash => {
@@ -191,10 +191,17 @@ impl NodePool {
         }
     }
 
-    async fn attempt(&self, place: &Place, call: &Call<'_>, named: Named, asking: bool, patience: Duration) -> Attempt {
+    async fn attempt(
+        &self,
+        place: &NodeAddress,
+        call: &Call<'_>,
+        named: Named,
+        asking: bool,
+        patience: Duration,
+    ) -> AttemptOutcome {
         let sender = match self.sender(place, call.slot, patience).await {
             Ok(sender) => sender,
-            Err(error) => return Attempt::NotSent(error),
+            Err(error) => return AttemptOutcome::NotSent(error),
         };
         let mut connection = sender.connection();
         let _in_flight = sender.enter();
@@ -231,19 +238,19 @@ impl NodePool {
             Ok((value, replicas.as_ref().map_or(0, acked)))
         };
         match tokio::time::timeout(patience, pin!(sending)).await {
-            Ok(Ok((value, acked))) => Attempt::Reply(value, acked),
+            Ok(Ok((value, acked))) => AttemptOutcome::Reply(value, acked),
             Ok(Err(error)) => {
                 let error: RedisError = error;
                 if error.is_unrecoverable_error() {
                     sender.broken();
                 }
-                Attempt::Failed(error)
+                AttemptOutcome::Failed(error)
             }
             Err(_) => {
                 if patience >= SILENCE_MIN.min(self.shared.patience) {
                     sender.broken();
                 }
-                Attempt::Silent
+                AttemptOutcome::Silent
             }
         }
     }

@@ -5,7 +5,7 @@
 use deadpool_redis::redis::{IntoConnectionInfo, Value, parse_redis_value};
 
 use super::node;
-use super::topology::{Place, Topology, ranges, redirected};
+use super::topology::{NodeAddress, Topology, ranges, redirected};
 use crate::fuzzing::text;
 use crate::key::{SLOTS, Slot};
 
@@ -51,7 +51,7 @@ fn mapped(reply: &Value, asked: &str) {
 }
 
 /// Connecting to a node at this address uses the login of the URL and no other.
-fn used(place: &Place) {
+fn used(place: &NodeAddress) {
     let like = "redis://u:p@h:1/0".into_connection_info().unwrap();
     let Some(info) = node::at(place, &like, true) else {
         return;

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 
 use super::super::server_time;
 use super::pool::NodePool;
-use super::topology::Place;
+use super::topology::NodeAddress;
 use crate::key::Slot;
 use crate::store::{Health, ServerTime};
 
@@ -41,7 +41,7 @@ pub(super) async fn probe(pool: &NodePool) -> Health {
 }
 
 /// If the node does not answer, the concurrent write reports why.
-async fn time_of(pool: &NodePool, place: &Place, slot: Slot) -> Option<ServerTime> {
+async fn time_of(pool: &NodePool, place: &NodeAddress, slot: Slot) -> Option<ServerTime> {
     let node = pool.node(place, slot).ok()?;
     let asked = async {
         let mut live = node.get().await.ok()?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
-use super::topology::Place;
+use super::topology::NodeAddress;
 use crate::clock::Moment;
 use crate::key::{SLOTS, Slot};
 use crate::store::StoreError;
@@ -63,10 +63,10 @@ impl Inbox {
             return Ok(());
         }
         let gone = || StoreError::Unavailable("the inbox subscriber has stopped".into());
-        let (done, told) = oneshot::channel();
+        let (done, subscribed) = oneshot::channel();
         let request = SubscribeRequest::Subscribe { slot, done };
         self.requests.send(request).map_err(|_| gone())?;
-        told.await.map_err(|_| gone())
+        subscribed.await.map_err(|_| gone())
     }
 
     /// A lease of this slot lasts for `ttl`: if its inbox is subscribed, it does not count as idle
@@ -82,7 +82,7 @@ impl Inbox {
 
     /// A cycle was queued by the slot's owner at this address, so the inbox must be subscribed
     /// there.
-    pub(super) fn waits_at(&self, slot: Slot, place: &Place) {
+    pub(super) fn waits_at(&self, slot: Slot, place: &NodeAddress) {
         let subscribed = self.places[usize::from(slot.number())].load(Ordering::Acquire);
         if subscribed != 0 && subscribed != self.number(place) {
             // If the subscriber has stopped, the manager is shutting down.
@@ -94,7 +94,7 @@ impl Inbox {
         self.places[usize::from(slot.number())].load(Ordering::Acquire) != 0
     }
 
-    pub(super) fn set_place(&self, slot: Slot, place: Option<&Place>) {
+    pub(super) fn set_place(&self, slot: Slot, place: Option<&NodeAddress>) {
         let number = place.map_or(0, |place| self.number(place));
         self.places[usize::from(slot.number())].store(number, Ordering::Release);
     }
@@ -109,7 +109,7 @@ impl Inbox {
         self.receiver.lock().take()
     }
 
-    fn number(&self, place: &Place) -> u64 {
+    fn number(&self, place: &NodeAddress) -> u64 {
         self.hasher.hash_one(&**place) | 1
     }
 

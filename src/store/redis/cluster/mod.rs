@@ -49,7 +49,7 @@ use tokio::sync::mpsc;
 use super::client::{Purpose, Target};
 use super::commands::{Commands, erase};
 use super::map;
-use super::replica_ack::{ReplicaAck, Wait};
+use super::replica_ack::{ReplicaAck, ReplicaWait};
 use super::reply::{acquired, concerns_modes, inspected, released, to_store_error};
 use super::script::{LuaScript, Named, Scripts};
 use super::token_floor::TokenFloor;
@@ -66,7 +66,7 @@ use crate::telemetry::ShardMetrics;
 use dispatch::{Call, CallError, NodeReply};
 use inbox::Inbox;
 use pool::{NodePool, at_place};
-use topology::{Place, Topology};
+use topology::{NodeAddress, Topology};
 
 /// An inbox is unsubscribed after no cycle has begun to wait for this long.
 const INBOX_IDLE_SECONDS: u32 = 60;
@@ -92,7 +92,7 @@ struct Shared {
     commands: Commands,
     scripts: Scripts,
     topology: Arc<Topology>,
-    seeds: Vec<Place>,
+    seeds: Vec<NodeAddress>,
     /// Login and encryption, the same for every node.
     target: Target,
     shard: Arc<str>,
@@ -172,7 +172,7 @@ impl Shared {
     }
 
     /// The wait to send behind a request that creates or extends a lease.
-    fn wait_for_replicas(&self) -> Option<Wait> {
+    fn wait_for_replicas(&self) -> Option<ReplicaWait> {
         let ack = self.replica_ack.as_ref()?;
         Some(ack.wait(self.replicas_wait()))
     }
@@ -199,7 +199,7 @@ impl NodePool {
         &self,
         script: &LuaScript,
         slot: Slot,
-        wait: Option<Wait>,
+        wait: Option<ReplicaWait>,
         fill: &(dyn Fn(&mut Cmd) + Send + Sync),
     ) -> Result<NodeReply, CallError> {
         let command = |named: Named| script.command(named, fill);

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::super::client::{Target, with_reason};
 use super::super::connection::{self, Driver, InFlight, InFlightGuard};
-use super::topology::{Place, Topology};
+use super::topology::{NodeAddress, Topology};
 use crate::clock::Moment;
 use crate::runtime::Runtimes;
 use crate::store::StoreError;
@@ -23,8 +23,8 @@ use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 
 /// See the module.
-pub(super) struct Node {
-    pub(super) place: Place,
+pub(super) struct NodeLink {
+    pub(super) place: NodeAddress,
     target: Target,
     /// The command that names the connection.
     name: Cmd,
@@ -67,16 +67,16 @@ pub(super) struct Live {
 /// A push, with the connection on which it arrived.
 #[derive(Debug)]
 pub(super) struct ReceivedPush {
-    pub(super) place: Place,
+    pub(super) place: NodeAddress,
     pub(super) generation: u64,
     pub(super) push: PushInfo,
 }
 
-impl Node {
+impl NodeLink {
     /// Sends nothing yet. `like` provides login and encryption. `None` if `place` is not an
     /// address.
     pub(super) fn new(
-        place: &Place,
+        place: &NodeAddress,
         like: &Target,
         timeout: Duration,
         pushes: Option<mpsc::UnboundedSender<ReceivedPush>>,
@@ -236,7 +236,7 @@ impl Node {
     }
 }
 
-impl Drop for Node {
+impl Drop for NodeLink {
     fn drop(&mut self) {
         self.give_up(|_| true);
     }

@@ -16,8 +16,8 @@ use super::super::connection::InFlightGuard;
 use super::super::reply::to_store_error;
 use super::Shared;
 use super::checked::{CheckedPools, NodeOpener};
-use super::node::{AskError, Live, Node};
-use super::topology::{Place, Range, ranges};
+use super::node::{AskError, Live, NodeLink};
+use super::topology::{NodeAddress, Range, ranges};
 use crate::key::Slot;
 use crate::runtime::Runtimes;
 use crate::store::StoreError;
@@ -34,7 +34,7 @@ pub(super) struct NodePool {
     purpose: Purpose,
     /// Set if the application's tasks use the pool.
     runtimes: Option<Arc<Runtimes>>,
-    nodes: Mutex<HashMap<Place, Vec<Arc<Node>>>>,
+    nodes: Mutex<HashMap<NodeAddress, Vec<Arc<NodeLink>>>>,
     /// Held while the map is read, so that many tasks that find it wrong read it once. One per
     /// pool: a task on a blocked runtime must not delay renewals.
     reading: tokio::sync::Mutex<()>,
@@ -47,7 +47,7 @@ pub(super) struct NodePool {
 
 /// A connection for one request.
 pub(super) enum Sender {
-    Kept(Arc<Node>, Live),
+    Kept(Arc<NodeLink>, Live),
     Pooled(Lent<NodeOpener>),
 }
 
@@ -92,14 +92,19 @@ impl NodePool {
     }
 
     /// The substitute's connection for this slot to the node, if one is open.
-    pub(super) fn substitute(&self, place: &Place, slot: Slot) -> Option<(Arc<Node>, Live)> {
+    pub(super) fn substitute(&self, place: &NodeAddress, slot: Slot) -> Option<(Arc<NodeLink>, Live)> {
         let node = self.substitute.as_ref()?.known_node(place, slot)?;
         let live = node.live()?;
         Some((node, live))
     }
 
     /// A connection for this slot to the node.
-    pub(super) async fn sender(&self, place: &Place, slot: Slot, patience: Duration) -> Result<Sender, StoreError> {
+    pub(super) async fn sender(
+        &self,
+        place: &NodeAddress,
+        slot: Slot,
+        patience: Duration,
+    ) -> Result<Sender, StoreError> {
         let opening = async {
             match &self.checked {
                 Some(checked) => Ok(Sender::Pooled(checked.get(place).await?)),
@@ -122,7 +127,7 @@ impl NodePool {
     }
 
     /// Adds the node to a connection error, and the origin of its address if that is not the URL.
-    pub(super) fn not_connected(&self, error: StoreError, place: &Place) -> StoreError {
+    pub(super) fn not_connected(&self, error: StoreError, place: &NodeAddress) -> StoreError {
         if self.shared.seeds.contains(place) {
             return at_place(error, place);
         }
@@ -137,7 +142,7 @@ impl NodePool {
         named(&self.shared.commands.manager, self.purpose)
     }
 
-    fn known_node(&self, place: &Place, slot: Slot) -> Option<Arc<Node>> {
+    fn known_node(&self, place: &NodeAddress, slot: Slot) -> Option<Arc<NodeLink>> {
         let nodes = self.nodes.lock();
         let nodes = nodes.get(place)?;
         nodes.get(usize::from(slot.number()) % nodes.len()).map(Arc::clone)
@@ -145,20 +150,20 @@ impl NodePool {
 
     /// Abandons all current connections.
     pub(super) fn leave(&self) {
-        let nodes: Vec<Arc<Node>> = self.nodes.lock().values().flatten().map(Arc::clone).collect();
+        let nodes: Vec<Arc<NodeLink>> = self.nodes.lock().values().flatten().map(Arc::clone).collect();
         nodes.iter().for_each(|node| node.leave());
     }
 
     /// The connection for this slot to the node.
-    pub(super) fn node(&self, place: &Place, slot: Slot) -> Result<Arc<Node>, StoreError> {
+    pub(super) fn node(&self, place: &NodeAddress, slot: Slot) -> Result<Arc<NodeLink>, StoreError> {
         let mut nodes = self.nodes.lock();
         if let Some(nodes) = nodes.get(place) {
             return Ok(Arc::clone(&nodes[usize::from(slot.number()) % nodes.len()]));
         }
-        let made: Option<Vec<Arc<Node>>> = (0..self.per_node)
+        let made: Option<Vec<Arc<NodeLink>>> = (0..self.per_node)
             .map(|_| {
                 let shared = &self.shared;
-                let node = Node::new(
+                let node = NodeLink::new(
                     place,
                     &shared.target,
                     shared.patience,
@@ -211,7 +216,7 @@ impl NodePool {
                 Ok((ranges, _)) => {
                     topology.replace(&ranges);
                     let owners = topology.places();
-                    let is_gone = |place: &Place| !owners.contains(place) && !self.shared.seeds.contains(place);
+                    let is_gone = |place: &NodeAddress| !owners.contains(place) && !self.shared.seeds.contains(place);
                     let gone: Vec<_> = self.nodes.lock().extract_if(|place, _| is_gone(place)).collect();
                     // Not under the mutex: ending a connection wakes its driver.
                     drop(gone);
@@ -225,7 +230,7 @@ impl NodePool {
         Err(failed.unwrap_or_else(|| StoreError::Unavailable("no node is known".into())))
     }
 
-    async fn ask_for_map(&self, place: &Place) -> Result<Vec<Range>, StoreError> {
+    async fn ask_for_map(&self, place: &NodeAddress) -> Result<Vec<Range>, StoreError> {
         let node = self.node(place, Slot::of(b""))?;
         match node.ask(cmd("CLUSTER").arg("SLOTS"), self.shared.patience).await {
             Ok(Ok(reply)) => match ranges(&reply, place) {

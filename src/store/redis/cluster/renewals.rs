@@ -8,7 +8,7 @@ use deadpool_redis::redis::Cmd;
 use futures_util::StreamExt;
 use futures_util::stream;
 
-use super::super::batch::{self as batches, Part};
+use super::super::batch::{self as batches, Part, RENEWALS_PER_CALL};
 use super::super::reply::renewed;
 use super::super::script::{LuaScript, Named};
 use super::dispatch::{Call, CallError};
@@ -19,9 +19,6 @@ use crate::key::Slot;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
 
-/// How many leases one call of the renewal script covers: few enough that other requests get a turn
-/// in between.
-const RENEWALS_PER_CALL: usize = 128;
 /// How many calls may be in flight at a time.
 const CALLS_AT_A_TIME: usize = 256;
 

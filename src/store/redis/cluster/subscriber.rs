@@ -42,9 +42,9 @@ use super::super::client::{Purpose, named};
 use super::super::{reply, subscriber};
 use super::Shared;
 use super::inbox::{Inbox, SubscribeRequest};
-use super::node::{AskError, Node, ReceivedPush};
+use super::node::{AskError, NodeLink, ReceivedPush};
 use super::pool::NodePool;
-use super::topology::{Place, redirected};
+use super::topology::{NodeAddress, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::Slot;
@@ -68,20 +68,20 @@ pub(super) struct Subscriber {
     shared: Arc<Shared>,
     inbox: Arc<Inbox>,
     pushes: mpsc::UnboundedSender<Push>,
-    subscribers: HashMap<Place, Arc<Node>>,
+    subscribers: HashMap<NodeAddress, Arc<NodeLink>>,
     received: mpsc::UnboundedSender<ReceivedPush>,
     subscriptions: HashMap<Slot, Subscription>,
     attempts: FuturesUnordered<BoxFuture<'static, (Slot, u64, Ended)>>,
     next_attempt: u64,
     /// The pending checks of connections. Each yields its connection if that does not answer.
-    checks: FuturesUnordered<BoxFuture<'static, Option<(Place, u64)>>>,
+    checks: FuturesUnordered<BoxFuture<'static, Option<(NodeAddress, u64)>>>,
     /// How many connections with subscriptions broke since the last confirmation.
     cut_off: u64,
 }
 
 struct Subscription {
     /// The connection on which it is confirmed.
-    at: Option<(Place, u64)>,
+    at: Option<(NodeAddress, u64)>,
     /// Whether a confirmed subscription was lost, so that pushes may have been missed.
     lost: bool,
     /// Notified when it is confirmed.
@@ -274,7 +274,7 @@ impl Subscriber {
     }
 
     /// This connection is gone or unusable, and so are its subscriptions.
-    fn cut(&mut self, place: &Place, generation: u64) {
+    fn cut(&mut self, place: &NodeAddress, generation: u64) {
         if let Some(subscriber) = self.subscribers.get(place) {
             subscriber.broken(generation);
         }
@@ -295,7 +295,7 @@ impl Subscriber {
             Some(((Arc::clone(place), *generation), *slot))
         });
         // One slot of each connection will do.
-        let asked: HashMap<(Place, u64), Slot> = confirmed.collect();
+        let asked: HashMap<(NodeAddress, u64), Slot> = confirmed.collect();
         for ((place, generation), slot) in asked {
             let Some(subscriber) = self.subscribers.get(&place).map(Arc::clone) else {
                 continue;
@@ -314,7 +314,7 @@ impl Subscriber {
         }
     }
 
-    fn confirmed(&mut self, slot: Slot, place: Place, generation: u64) -> Result<(), ShutDown> {
+    fn confirmed(&mut self, slot: Slot, place: NodeAddress, generation: u64) -> Result<(), ShutDown> {
         let Some(subscription) = self.subscriptions.get_mut(&slot) else {
             return Ok(());
         };
@@ -391,14 +391,14 @@ impl Subscriber {
         Ok(())
     }
 
-    fn subscriber(&mut self, place: &Place) -> Option<Arc<Node>> {
+    fn subscriber(&mut self, place: &NodeAddress) -> Option<Arc<NodeLink>> {
         if let Some(subscriber) = self.subscribers.get(place) {
             return Some(Arc::clone(subscriber));
         }
         let shared = &self.shared;
         let received = Some(self.received.clone());
         let name = named(&shared.commands.manager, Purpose::Inbox);
-        let subscriber = Node::new(
+        let subscriber = NodeLink::new(
             place,
             &shared.target,
             shared.patience,
@@ -438,7 +438,7 @@ impl Subscriber {
     /// does not accumulate subscriptions.
     fn give_up_idle(&mut self) {
         let limit = self.shared.inbox_idle_seconds;
-        let idle: Vec<(Slot, Place)> = self
+        let idle: Vec<(Slot, NodeAddress)> = self
             .subscriptions
             .iter()
             .filter(|(slot, _)| self.inbox.idle_seconds(**slot) >= limit)
@@ -483,7 +483,7 @@ impl Subscriber {
 }
 
 /// Subscribes the inbox of a slot on the slot's owner.
-async fn subscribe(pool: &NodePool, subscriber: Option<Arc<Node>>, slot: Slot) -> Ended {
+async fn subscribe(pool: &NodePool, subscriber: Option<Arc<NodeLink>>, slot: Slot) -> Ended {
     let (shared, version) = (&pool.shared, pool.shared.topology.version());
     let Some(subscriber) = subscriber else {
         pool.refresh(version).await.ok();
@@ -516,7 +516,7 @@ async fn subscribe(pool: &NodePool, subscriber: Option<Arc<Node>>, slot: Slot) -
 }
 
 /// Sends one command about the inbox of a slot. `Err(None)` means that there was no answer in time.
-async fn send(shared: &Shared, subscriber: &Arc<Node>, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
+async fn send(shared: &Shared, subscriber: &Arc<NodeLink>, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
     let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
     match subscriber.ask(cmd(verb).arg(channel), shared.patience).await {
         Ok(reply) => reply.map(drop).map_err(Some),

@@ -11,12 +11,12 @@ use super::super::reply::{as_int, as_text};
 use crate::key::{SLOTS, Slot};
 
 /// `host:port` of a node.
-pub(super) type Place = Arc<str>;
+pub(super) type NodeAddress = Arc<str>;
 
 /// The slot map, shared by all pools and the inbox. It may be wrong at any time; a node that
 /// receives a request for a slot it does not own redirects the sender, which then corrects the map.
 pub(super) struct Topology {
-    owners: RwLock<Box<[Option<Place>]>>,
+    owners: RwLock<Box<[Option<NodeAddress>]>>,
     /// How often the whole map was read.
     version: AtomicU64,
     /// For each slot, how often its owner may have forgotten leases: the owner changed, or a
@@ -43,7 +43,7 @@ impl Topology {
 
     /// A connection to this node broke: leases in its slots must be confirmed before they are
     /// passed on.
-    pub(super) fn may_have_forgotten(&self, place: &Place) {
+    pub(super) fn may_have_forgotten(&self, place: &NodeAddress) {
         for (owner, epoch) in self.owners.read().iter().zip(&self.epochs) {
             if owner.as_ref() == Some(place) {
                 epoch.fetch_add(1, Ordering::AcqRel);
@@ -51,7 +51,7 @@ impl Topology {
         }
     }
 
-    pub(super) fn owner(&self, slot: Slot) -> Option<Place> {
+    pub(super) fn owner(&self, slot: Slot) -> Option<NodeAddress> {
         self.owners.read()[usize::from(slot.number())].clone()
     }
 
@@ -60,7 +60,7 @@ impl Topology {
     }
 
     /// A node reported another owner of the slot.
-    pub(super) fn moved(&self, slot: Slot, place: Place) {
+    pub(super) fn moved(&self, slot: Slot, place: NodeAddress) {
         let index = usize::from(slot.number());
         let before = self.owners.write()[index].replace(Arc::clone(&place));
         if before != Some(place) {
@@ -86,11 +86,11 @@ impl Topology {
 
     /// Each node that owns slots, with its first slot, and the first slot without an owner, if
     /// there is one.
-    pub(super) fn parts(&self) -> Vec<(Option<Place>, Slot)> {
-        let mut parts: Vec<(Option<Place>, Slot)> = Vec::new();
+    pub(super) fn parts(&self) -> Vec<(Option<NodeAddress>, Slot)> {
+        let mut parts: Vec<(Option<NodeAddress>, Slot)> = Vec::new();
         let owners = self.owners.read();
         for (owner, slot) in owners.iter().zip((0..SLOTS).filter_map(Slot::new)) {
-            let is_owners = |(known, _): &(Option<Place>, Slot)| known == owner;
+            let is_owners = |(known, _): &(Option<NodeAddress>, Slot)| known == owner;
             // Adjacent slots usually have the same owner.
             if !parts.last().is_some_and(is_owners) && !parts.iter().any(is_owners) {
                 parts.push((owner.clone(), slot));
@@ -100,8 +100,8 @@ impl Topology {
     }
 
     /// The nodes that own slots, each once.
-    pub(super) fn places(&self) -> Vec<Place> {
-        let mut places: Vec<Place> = Vec::new();
+    pub(super) fn places(&self) -> Vec<NodeAddress> {
+        let mut places: Vec<NodeAddress> = Vec::new();
         for owner in self.owners.read().iter().flatten() {
             if places.last() != Some(owner) && !places.contains(owner) {
                 places.push(Arc::clone(owner));
@@ -116,7 +116,7 @@ impl Topology {
 pub(super) struct Range {
     first: u16,
     last: u16,
-    owner: Place,
+    owner: NodeAddress,
 }
 
 /// Parses the reply to `CLUSTER SLOTS`. A node that does not know its own host name reports none:
@@ -143,7 +143,7 @@ fn read_range(range: &Value, asked: &str) -> Option<Range> {
 }
 
 /// An IPv6 address is put in brackets, as in a URL.
-fn place_of(host: &str, port: i64, asked: &str) -> Place {
+fn place_of(host: &str, port: i64, asked: &str) -> NodeAddress {
     let own = asked.rsplit_once(':').map_or(asked, |(host, _)| host);
     match host {
         "" | "?" => format!("{own}:{port}").into(),
@@ -154,7 +154,7 @@ fn place_of(host: &str, port: i64, asked: &str) -> Place {
 
 /// The target of a `MOVED` or `ASK`: `host:port` as the server wrote it, without a host if the
 /// server does not know its own.
-pub(super) fn redirected(place: &str, asked: &str) -> Option<Place> {
+pub(super) fn redirected(place: &str, asked: &str) -> Option<NodeAddress> {
     let (host, port) = place.rsplit_once(':')?;
     Some(place_of(host, port.parse().ok()?, asked))
 }

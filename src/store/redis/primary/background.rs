@@ -9,12 +9,12 @@ use crate::store::StoreError;
 /// A server that accepts no more connections (`maxclients`, a changed password, no memory) still
 /// serves the existing ones. Renewals must not fail then, so one of the request connections carries
 /// them. It is the second choice because it is blocked whenever the application's runtime is.
-pub(super) struct Background {
+pub(super) struct BackgroundLinks {
     pub(super) own: Arc<Link>,
     pub(super) others: Vec<Arc<Link>>,
 }
 
-impl Background {
+impl BackgroundLinks {
     /// Returns a connection and its link. If a request connection is open, the background's own
     /// connection is given only `patience` to open.
     pub(super) async fn get(&self, patience: Duration) -> Result<(Arc<Link>, Live), StoreError> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value, cmd};
 
-use super::super::checked_pool::{CheckedPool, Lent, Opener, Origin, PooledConnection, discard};
+use super::super::checked_pool::{CheckedPool, ConnectionOrigin, Lent, Opener, PooledConnection, discard};
 use super::super::client::Purpose;
 use super::super::reply::{Role, role};
 use super::Shared;
@@ -36,7 +36,7 @@ impl PrimaryOpener {
 impl Opener for PrimaryOpener {
     async fn open(&self) -> Result<PooledConnection, StoreError> {
         let pooled = |opened: Opened| {
-            let origin = Origin {
+            let origin = ConnectionOrigin {
                 place: opened.place.into(),
                 switches: opened.switches,
                 era: opened.era,
@@ -50,7 +50,7 @@ impl Opener for PrimaryOpener {
         self.0.connect(&pooled).await
     }
 
-    fn is_current(&self, origin: &Origin) -> bool {
+    fn is_current(&self, origin: &ConnectionOrigin) -> bool {
         let shared = &*self.0.shared;
         shared.era.load(Ordering::Acquire) == origin.era && shared.failovers.switches() == origin.switches
     }

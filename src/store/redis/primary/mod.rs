@@ -81,7 +81,7 @@ use crate::store::{
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use attempts::{Attempts, RECONNECTS_PER_REQUEST};
-use background::Background;
+use background::BackgroundLinks;
 use checked::{Borrowed, Checked, PrimaryOpener, PrimaryPool};
 use discovery::Discovery;
 use failover::FailoverEvents;
@@ -200,8 +200,8 @@ impl RedisStore {
     }
 
     /// The connections for requests about the server as a whole, sent by the watchdog's thread.
-    fn background(&self) -> Background {
-        Background {
+    fn background(&self) -> BackgroundLinks {
+        BackgroundLinks {
             own: Arc::clone(&self.background),
             others: self.callers.clone(),
         }

@@ -17,7 +17,7 @@ use futures_util::StreamExt;
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::super::batch::{self, Part};
+use super::super::batch::{self, Part, RENEWALS_PER_CALL};
 use super::super::map;
 use super::super::reply::{renewed, role};
 use super::Shared;
@@ -26,9 +26,6 @@ use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
 
-/// How many leases one call of the renewal script covers: few enough that other requests get a turn
-/// in between.
-const RENEWALS_PER_CALL: usize = 128;
 /// How many calls may be in flight at a time.
 const CALLS_AT_A_TIME: usize = 1024;
 /// A connection is not replaced after a shorter silence, even if the leases leave less time: a

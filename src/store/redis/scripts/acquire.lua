@@ -1,4 +1,4 @@
--- ARGV: 1 owner_tag, 2 TTL in ms, 3 tokens to reserve, 4 floor, 5 'join', 'try' or 'extend',
+-- ARGV: 1 owner tag, 2 TTL in ms, 3 tokens to reserve, 4 floor, 5 'join', 'try' or 'extend',
 -- 6 channel prefix, 7 key.
 -- Replies: {0} busy | {1, largest token, queue length, 1 if it was ours before}
 --   | {2, mark, owner's TTL, foreign, ahead, reached} | {3} acquire_modes.lua must run

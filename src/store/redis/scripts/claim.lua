@@ -2,7 +2,7 @@
 -- queue is ignored here: the sequencer decides the order. Comes after claim_counter.lua.
 --
 -- KEYS: 1 lease, 2 counter of the slot.
--- ARGV: 1 owner_tag, 2 TTL in ms, 3 minimum value for the counter, 4 floor, 5 'take' or 'extend'.
+-- ARGV: 1 owner tag, 2 TTL in ms, 3 minimum value for the counter, 4 floor, 5 'take' or 'extend'.
 -- Replies: {0, owner's TTL} not ours | {1, the counter before it was raised to the minimum}
 local owner = redis.call('GET', KEYS[1])
 if owner ~= ARGV[1] and (owner or ARGV[5] == 'extend') then

@@ -1,8 +1,8 @@
 -- Shared by acquire.lua and release.lua, which follow in the same script and serve exclusive
 -- cycles. Before it come extend.lua and queue.lua.
 
--- The same for a queue member whose mode is exclusive; nil for any other. Only managers write to
--- the queue.
+-- The manager, the cycle and the TTL of a queue member whose mode is exclusive; nil for any other.
+-- Only managers write to the queue.
 local function member(owner_tag)
   return string.match(owner_tag, '^([^:]+):(%d+%-(%d+)%-%x+)$')
 end

@@ -3,7 +3,7 @@
 -- of exclusive cycles that acquire.lua or release.lua answer with {3}.
 --
 -- KEYS: 1 lease, 2 queue, 3 counter of the slot (see queue.lua), 4 holders (sorted set of
--- owner_tags, scored by the end of the lease of each, in ms of this server's clock).
+-- owner tags, scored by the end of the lease of each, in ms of this server's clock).
 --
 -- While there are holders, the lease is MARKER and expires with the last of them: so the SET NX of
 -- an exclusive request fails, and a crash leaves nothing for ever. If the lease is anything else,
@@ -43,7 +43,7 @@ local leaving
 -- The grants to publish: the inbox, the cycle and the largest token of each.
 local grants = {}
 
--- The manager, the cycle and the TTL of a owner_tag that a manager wrote.
+-- The manager, the cycle and the TTL of an owner tag that a manager wrote.
 local function member(owner_tag)
   return string.match(owner_tag, '^([^:]+):(%d+%-(%d+)%-%x+.*)$')
 end

@@ -1,15 +1,15 @@
 -- Shared by the scripts that acquire and release. Before it come single.lua or cluster.lua, with
 -- is_subscribed(), notify() and reserve().
 --
--- KEYS: 1 lease, 2 queue (sorted set of owner_tags, scored by the counter at enqueue, plus a half
+-- KEYS: 1 lease, 2 queue (sorted set of owner tags, scored by the counter at enqueue, plus a half
 -- if the inbox was not subscribed here), 3 counter of the slot.
 
 -- The lease while shared leases and permits have the key: see modes.lua. No manager and no other
 -- library writes this value.
 local MARKER = '~shared'
 
--- The manager, the cycle and the TTL of a owner_tag; nil for a value that another library wrote. A
--- owner_tag is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
+-- The manager, the cycle and the TTL of an owner tag; nil for a value that another library wrote. A
+-- owner tag is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
 local function parse_owner_tag(owner_tag)
   local manager, cycle, ttl = string.match(owner_tag, '^([%w%.%-]+):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
   -- `<host>-<process id>-<16 digits>`, matched from the end: a single pattern would try each dash.

@@ -1,9 +1,9 @@
--- ARGV: 1 owner_tag, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next owner_tag
+-- ARGV: 1 owner tag, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next owner tag
 -- or ''.
--- Replies: {1 if it was ours, else 0; with a next owner_tag, followed by the reply to its acquire}
+-- Replies: {1 if it was ours, else 0; with a next owner tag, followed by the reply to its acquire}
 --   | {3} release_modes.lua must run
 local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
--- The TTL of a cycle is part of its owner_tag.
+-- The TTL of a cycle is part of its owner tag.
 local manager, _, ttl = member(next)
 local owner = redis.call('GET', KEYS[1])
 if owner ~= me then

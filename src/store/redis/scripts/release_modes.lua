@@ -13,7 +13,7 @@ if next == '' then
   finish()
   return {ours}
 end
--- The TTL of a cycle is part of its owner_tag.
+-- The TTL of a cycle is part of its owner tag.
 local _, _, ttl = member(next)
 ttl = tonumber(ttl)
 if is_held(next) then

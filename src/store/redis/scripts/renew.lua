@@ -1,4 +1,4 @@
--- KEYS: lease and queue of each; ARGV: owner_tag and TTL in ms of each.
+-- KEYS: lease and queue of each; ARGV: owner tag and TTL in ms of each.
 -- Replies, one for each: 0 not ours, 1 extended, 2 extended and a cycle waits.
 --
 -- A key of a wrong type is not ours. A lease is never shortened: its owner relies on the expiry it

@@ -1,7 +1,7 @@
 -- Renews one shared lease or permit without accessing its lease and its queue, as renew_alone.lua
 -- does it for an exclusive one. The marker was renewed before by renew_alone.lua.
 --
--- KEYS: 1 holders. ARGV: 1 owner_tag, 2 TTL in ms.
+-- KEYS: 1 holders. ARGV: 1 owner tag, 2 TTL in ms.
 -- Replies: {0} not ours | {1} extended. See renew.lua.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)

@@ -1,6 +1,6 @@
 -- Renews shared leases and permits: see modes.lua, and renew.lua for the rules.
 --
--- KEYS: lease, queue and holders of each; ARGV: owner_tag and TTL in ms of each.
+-- KEYS: lease, queue and holders of each; ARGV: owner tag and TTL in ms of each.
 -- Replies, one for each: 0 not ours, 1 extended, 2 extended and a cycle waits.
 local MARKER = '~shared'
 local time = redis.call('TIME')

@@ -1,10 +1,10 @@
 -- Releases a lease whose min_hold has not passed: it stays for the rest of that time, under a
--- owner_tag that no cycle has. So nothing that was sent for its cycle can extend or end it later.
+-- owner tag that no cycle has. So nothing that was sent for its cycle can extend or end it later.
 --
 -- Comes after single.lua or cluster.lua, with notify().
 --
 -- KEYS: 1 lease, 2 queue, 3 counter of the slot.
--- ARGV: 1 owner_tag, 2 owner_tag of the retired lease, 3 milliseconds left, 4 channel prefix,
+-- ARGV: 1 owner tag, 2 owner tag of the retired lease, 3 milliseconds left, 4 channel prefix,
 -- 5 key.
 -- Replies: 1 retired | 0 it is not ours and nothing was done
 local me, retired, left, channel, key = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]

@@ -15,7 +15,7 @@ use crate::key::LockKey;
 use crate::router::ShardMap;
 
 /// See the module documentation.
-pub(crate) struct ManagerShared {
+pub(crate) struct ManagerInner {
     pub(crate) config: Config,
     /// For requests that do not set their own.
     pub(crate) linger: Linger,
@@ -28,7 +28,7 @@ pub(crate) struct ManagerShared {
     pub(crate) connected_at: Moment,
 }
 
-impl ManagerShared {
+impl ManagerInner {
     /// Passes on to the recorder what was counted since the last call.
     #[cfg(feature = "admin")]
     pub(crate) fn flush_metrics(&self) {
@@ -72,14 +72,14 @@ impl ManagerShared {
     }
 }
 
-impl Drop for ManagerShared {
+impl Drop for ManagerInner {
     fn drop(&mut self) {
         // If the background thread has already ended, there is nothing left to stop.
         self.context.jobs.send(Job::LastHandleDropped).ok();
     }
 }
 
-impl fmt::Debug for ManagerShared {
+impl fmt::Debug for ManagerInner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LockManager")
             .field("id", &self.context.id)

@@ -1,14 +1,13 @@
 //! Locking several keys at once.
 //!
-//! # Implementation details
-//!
-//! The keys are locked one after the other, in the order of their slots and then of their names.
-//! Every process has the same order whatever its shards, so no two requests can wait for each other
-//! in a circle. Each key is an ordinary [`LockRequest`]; while it waits, the request also watches
-//! the locks it holds already.
-//!
-//! If one of these is lost, the keys from there on are released and requested again. Requesting
-//! only the lost key while later ones are held would break the order.
+//! | file | what it has |
+//! |---|---|
+//! | `mod` | the requests, and the order of their keys |
+//! | `acquire` | locking one key after the other |
+//! | `guard` | the locks that are held |
+
+mod acquire;
+mod guard;
 
 use std::fmt;
 use std::future::{Future, IntoFuture};
@@ -17,17 +16,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::future::{join_all, select_all};
-use tokio::time::Instant;
-
+use self::acquire::Patience;
+use self::guard::worst;
+pub use self::guard::{LockAllGuard, LostKey};
 use crate::body::while_held;
-use crate::context::ManagerShared;
-use crate::error::{Failure, InvalidSetting, LockError, LockErrorKind, LossReason};
-use crate::fence::FencingToken;
-use crate::guard::LockGuard;
+use crate::error::{InvalidSetting, LockError, LockErrorKind};
 use crate::key::LockKey;
+use crate::manager_inner::ManagerInner;
 use crate::mode::LockMode;
-use crate::request::{LockRequest, TryLockRequest};
+use crate::request::LockRequest;
 
 /// A request for locks on several keys, which are held together or not at all. Created by
 /// [`LockManager::lock_all`](crate::LockManager::lock_all). Override settings of the manager as
@@ -74,7 +71,8 @@ use crate::request::{LockRequest, TryLockRequest};
 /// holds expires or is taken on the server while it waits for a later key, it releases the keys
 /// after the lost one and continues from there: nothing has run under the lock yet. After 16 such
 /// losses, it fails with [`LockErrorKind::Lost`]. It fails with this error immediately if the
-/// reason is [`LossReason::MaxHold`] or [`LossReason::ShardMap`].
+/// reason is [`LossReason::MaxHold`](crate::LossReason::MaxHold) or
+/// [`LossReason::ShardMap`](crate::LossReason::ShardMap).
 ///
 /// # Errors
 ///
@@ -107,22 +105,12 @@ pub struct LockAllRequest {
 #[derive(Debug, Clone)]
 pub struct TryLockAllRequest(LockAllRequest);
 
-/// Whether a request waits for a key that is not free.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Patience {
-    Wait,
-    Try,
-}
-
-/// How many losses of earlier keys a request tolerates while it waits for later ones.
-const LOSSES_MAX: u32 = 16;
-
 impl LockAllRequest {
     /// The largest number of different keys of a request.
     pub const KEYS_MAX: usize = 128;
 
     #[track_caller]
-    pub(crate) fn new<K>(manager: Arc<ManagerShared>, keys: impl IntoIterator<Item = K>) -> Self
+    pub(crate) fn new<K>(manager: Arc<ManagerInner>, keys: impl IntoIterator<Item = K>) -> Self
     where
         K: TryInto<LockKey, Error: Into<InvalidSetting>>,
     {
@@ -246,88 +234,12 @@ impl LockAllRequest {
     pub async fn with<T>(self, body: impl AsyncFnOnce(&LockAllGuard) -> T) -> Result<T, LockError> {
         let guard = self.await?;
         let Some(result) = while_held(guard.lost(), || guard.is_valid(), body(&guard)).await else {
-            let (index, reason) = first_loss(&guard.guards).await;
-            return Err(guard.guards[index].lost_error(reason));
+            return Err(guard.loss_error().await);
         };
         let failures = guard.release_each().await;
         // A release without a reply is retried in the background. The body did run under the locks.
         let failures = failures.into_iter();
         worst(failures.filter(|error| error.kind() != LockErrorKind::Unavailable)).map_or(Ok(result), Err)
-    }
-
-    /// Locks one key after the other. `None` if this is a try and one of them is not free.
-    async fn acquire(self, patience: Patience) -> Result<Option<LockAllGuard>, LockError> {
-        let started = Instant::now();
-        let limit = self.template.limit();
-        if self.keys.is_empty() {
-            // The template has the reason.
-            return self.template.await.map(|_| None);
-        }
-        let mut acquired = Acquired(Vec::with_capacity(self.keys.len()));
-        let mut losses = 0;
-        loop {
-            let next = async {
-                let Some(key) = self.keys.get(acquired.0.len()) else {
-                    return Ok(None);
-                };
-                let left = limit.map(|limit| limit.saturating_sub(started.elapsed()));
-                let request = self.template.for_key(key.clone()).timeout(left);
-                match patience {
-                    Patience::Try => TryLockRequest::new(request).await.map(Some),
-                    Patience::Wait => request.await.map(|guard| Some(Some(guard))),
-                }
-            };
-            let lost = tokio::select! {
-                biased;
-                lost = first_loss(&acquired.0) => Some(lost),
-                next = next => match next.map_err(|error| error.of_several(started.elapsed(), limit))? {
-                    Some(Some(guard)) => {
-                        acquired.0.push(guard);
-                        None
-                    }
-                    Some(None) => return Ok(None),
-                    // All keys are held. A lock that expired during a pause may not have been
-                    // reported as lost yet.
-                    None => match acquired.0.iter().position(|guard| !guard.is_valid()) {
-                        Some(index) => Some((index, acquired.0[index].lost().await)),
-                        None => return Ok(Some(acquired.complete())),
-                    },
-                },
-            };
-            if let Some((index, reason)) = lost {
-                losses += 1;
-                match reason {
-                    LossReason::Closed => return Err(Failure::Closed.into()),
-                    LossReason::Expired | LossReason::Taken if losses <= LOSSES_MAX => acquired.keep_first(index),
-                    _ => return Err(acquired.0[index].lost_error(reason)),
-                }
-            }
-        }
-    }
-}
-
-/// Locks that wait for the others. If they are given up, nothing has happened under them, so their
-/// keys are free at once, whatever their `min_hold`.
-struct Acquired(Vec<LockGuard>);
-
-impl Acquired {
-    /// Gives up all but the first ones.
-    fn keep_first(&mut self, count: usize) {
-        for guard in self.0.drain(count..) {
-            guard.forgo_min_hold();
-        }
-    }
-
-    fn complete(mut self) -> LockAllGuard {
-        LockAllGuard {
-            guards: std::mem::take(&mut self.0),
-        }
-    }
-}
-
-impl Drop for Acquired {
-    fn drop(&mut self) {
-        self.keep_first(0);
     }
 }
 
@@ -355,151 +267,6 @@ fn invalid_count(count: String) -> InvalidSetting {
         count,
         format!("1 to {} different keys", LockAllRequest::KEYS_MAX),
     )
-}
-
-/// Waits until one of the locks is lost, and returns its index and the reason. Does not complete if
-/// there are none.
-async fn first_loss(guards: &[LockGuard]) -> (usize, LossReason) {
-    if guards.is_empty() {
-        return std::future::pending().await;
-    }
-    let losses = guards.iter().map(|guard| Box::pin(guard.lost()));
-    let (reason, index, _) = select_all(losses).await;
-    (index, reason)
-}
-
-/// The error to report among those of several releases: a loss before all others, then a refusal,
-/// then the first.
-fn worst(failures: impl Iterator<Item = LockError>) -> Option<LockError> {
-    failures.min_by_key(|error| match error.kind() {
-        LockErrorKind::Lost => 0,
-        LockErrorKind::Refused => 1,
-        _ => 2,
-    })
-}
-
-/// Held locks on several keys. Dropping the guard releases all of them in the background.
-/// [`release`](Self::release) releases them and reports whether they were all still held.
-///
-/// The loss of one lock is the loss of the whole guard: [`is_valid`](Self::is_valid) is then false,
-/// and [`lost`](Self::lost) returns which one it was. The other locks stay held until the guard is
-/// released or dropped.
-///
-/// # Examples
-///
-/// ```
-/// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> Result<(), shardlock::LockError> {
-/// # async fn transfer() {}
-/// # let locks = shardlock::LockManager::connect("memory://").await?;
-/// let guard = locks.lock_all(["account:3", "account:7"]).await?;
-/// tokio::select! {
-///     lost = guard.lost() => println!("stopped: {lost}"),
-///     () = transfer() => guard.release().await?,
-/// }
-/// # Ok(()) }
-/// ```
-#[must_use = "the locks are released as soon as the guard is dropped"]
-pub struct LockAllGuard {
-    /// At least one, in the order in which they were locked.
-    guards: Vec<LockGuard>,
-}
-
-impl LockAllGuard {
-    /// Returns the guards of the keys, each key once, in the order in which they were locked.
-    pub fn guards(&self) -> &[LockGuard] {
-        &self.guards
-    }
-
-    /// Returns the guard of a key, or `None` if the key is not one of those that were requested.
-    #[must_use]
-    pub fn guard(&self, key: &str) -> Option<&LockGuard> {
-        self.guards.iter().find(|guard| guard.key() == key)
-    }
-
-    /// Returns the fencing token of a key, or `None` if the key is not one of those that were
-    /// requested. Send it along with every write to what the key protects.
-    #[must_use]
-    pub fn token(&self, key: &str) -> Option<FencingToken> {
-        self.guard(key).map(LockGuard::token)
-    }
-
-    /// Returns whether all the locks are certainly still held. See [`LockGuard::is_valid`].
-    #[must_use]
-    pub fn is_valid(&self) -> bool {
-        self.guards.iter().all(LockGuard::is_valid)
-    }
-
-    /// Returns how long all the locks are certainly held if no further renewal succeeds; zero after
-    /// a loss.
-    #[must_use]
-    pub fn remaining(&self) -> Duration {
-        self.guards.iter().map(LockGuard::remaining).min().unwrap_or_default()
-    }
-
-    /// Waits until one of the locks is lost, and returns which one and why. Does not complete while
-    /// all of them are held; completes immediately if one is already lost.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. If the future is dropped, it can be called again without missing
-    /// a loss.
-    pub async fn lost(&self) -> LostKey {
-        let (index, reason) = first_loss(&self.guards).await;
-        let guard = &self.guards[index];
-        LostKey {
-            key: guard.key().to_owned(),
-            token: guard.token(),
-            reason,
-        }
-    }
-
-    /// Releases all the locks, at the same time. Returns once the servers have confirmed the
-    /// releases; [`LockGuard::release`] lists when no confirmation is needed.
-    ///
-    /// # Errors
-    ///
-    /// The errors of [`LockGuard::release`]. All locks are released even if this fails. Of several
-    /// errors, a loss is reported before a refusal, and a refusal before a missing reply; among
-    /// equal ones, that of the key that was locked first.
-    ///
-    /// # Cancel safety
-    ///
-    /// The locks are released even if the future is dropped before it completes.
-    pub async fn release(self) -> Result<(), LockError> {
-        worst(self.release_each().await.into_iter()).map_or(Ok(()), Err)
-    }
-
-    /// Releases all the locks, and returns what went wrong, in the order of the keys.
-    async fn release_each(self) -> Vec<LockError> {
-        let released = join_all(self.guards.into_iter().map(LockGuard::release)).await;
-        released.into_iter().filter_map(Result::err).collect()
-    }
-}
-
-impl fmt::Debug for LockAllGuard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LockAllGuard").field("guards", &self.guards).finish()
-    }
-}
-
-/// Which of several locks was lost, and why. Returned by [`LockAllGuard::lost`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct LostKey {
-    /// The key that was held.
-    pub key: String,
-    /// The fencing token of the lost lock.
-    pub token: FencingToken,
-    /// Why the lock was lost.
-    pub reason: LossReason,
-}
-
-impl fmt::Display for LostKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { key, token, reason } = self;
-        write!(f, "lock {key:?} (token {token}) was lost: {reason}")
-    }
 }
 
 /// The future of a [`LockAllRequest`].
