@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use serde_json::json;
 use shardlock::config::Builder;
 use shardlock::introspect::{Holder, KeyState};
-use shardlock::tool::{self, Broken, printable};
+use shardlock::tool::{self, BreakOutcome, printable};
 use shardlock::{LockKey, LockManager};
 
 use crate::exit::{self, Failure};
@@ -65,15 +65,15 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     // Messages show an owner in printable form, and that is what people copy.
     let is_meant = |held: &&str| *held != owner && printable(held) == owner.as_str();
     let meant = match &broken {
-        Broken::NotHeld { now } => owners(now).find(is_meant).map(str::to_owned),
-        Broken::Done { .. } => None,
+        BreakOutcome::NotHeld { now } => owners(now).find(is_meant).map(str::to_owned),
+        BreakOutcome::Done { .. } => None,
     };
     if let Some(meant) = meant {
         owner = meant;
         broken = tool::break_lease(&locks, &key, &owner).await?;
     }
     match broken {
-        Broken::NotHeld { now } => {
+        BreakOutcome::NotHeld { now } => {
             let message = format!(
                 "{} is not held by {}; nothing was changed; {}",
                 printable(key.as_str()),
@@ -82,7 +82,7 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
             );
             Err(Failure::new(exit::NOT_HELD, anyhow!(message)))
         }
-        Broken::Done { before } => {
+        BreakOutcome::Done { before } => {
             report(&args, &key, &owner, &before, &locks).await?;
             Ok(exit::OK)
         }

@@ -125,6 +125,7 @@ fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<
 fn log_to_stderr(command: &Command) {
     let text = std::env::var_os("SHARDLOCK_LOG").filter(|text| !text.is_empty());
     let is_default = text.is_none();
+    let is_exec = matches!(command, Command::Exec(_));
     let mut level = text.map_or(LevelFilter::WARN, |text| {
         let level = text.to_str().and_then(|text| text.parse().ok());
         level.unwrap_or_else(|| {
@@ -144,9 +145,15 @@ fn log_to_stderr(command: &Command) {
         // A closed standard error must not end the tool while it holds a lock.
         .log_internal_errors(false)
         .finish()
-        // The command itself also reports this error. Once is enough.
+        // The command itself also reports these events. Once is enough.
         .with(filter_fn(move |event| {
-            !is_default || event.target() != "shardlock::manager" || event.fields().field("error").is_none()
+            let has = |field| event.fields().field(field).is_some();
+            let is_reported = match event.target() {
+                "shardlock::connect" => has("error"),
+                "shardlock::slow_log" => is_exec && has("reason"),
+                _ => false,
+            };
+            !is_default || !is_reported
         }))
         .init();
 }

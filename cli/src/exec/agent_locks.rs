@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{self, Pipeline, PushInfo, PushKind, RedisResult, Value, cmd};
-use shardlock::LockKey;
 use shardlock::tool::printable;
+use shardlock::{LockKey, LossReason};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -36,7 +36,7 @@ pub(super) struct HeldKey {
 /// Why locks were lost.
 #[derive(Debug, Clone)]
 pub(super) enum Loss {
-    /// This one, for this reason.
+    /// This one, for this reason: the identifier that the agent sends, or text.
     One { index: usize, reason: String },
     /// All of them.
     All(&'static str),
@@ -64,6 +64,8 @@ impl Loss {
         match (self, locks) {
             (Self::One { index, reason }, _) => {
                 let lock = locks.get(*index).map(name).unwrap_or_default();
+                let known = LossReason::ALL.iter().find(|known| known.as_str() == reason);
+                let reason = known.map_or_else(|| reason.clone(), ToString::to_string);
                 format!("lock {lock} was lost: {reason}")
             }
             (Self::All(reason), [lock]) => format!("lock {} was lost: {reason}", name(lock)),

@@ -32,6 +32,10 @@ fn ends_by_loss(mut run: Run, child: &str, reason: &str) {
         ended.stderr.contains("\"k\"") && ended.stderr.contains(reason),
         "{ended:?}"
     );
+    assert!(
+        !ended.stderr.contains("a lock was lost"),
+        "it is reported twice: {ended:?}"
+    );
     assert!(!is_alive(child));
 }
 

@@ -155,7 +155,10 @@ fn command_is_ended_at_the_limit_of_its_hold() {
     let (mut running, _notes, pid) = holder(&agent, &["--max-hold", "300ms"]);
     let ended = running.end();
     assert_eq!(ended.code, 117, "{ended:?}");
-    assert!(ended.stderr.contains("was lost: max_hold"), "{ended:?}");
+    assert!(
+        ended.stderr.contains("was lost: it was held for longer than max_hold"),
+        "{ended:?}"
+    );
     wait_until_dead(&pid);
 }
 
@@ -322,7 +325,7 @@ fn command_does_not_start_if_a_lock_ends_during_the_wait_for_another() {
     assert_eq!((ended.code, ended.stdout.as_str()), (69, ""), "{ended:?}");
     let expected = format!("lock \"{first}\" (token ");
     assert!(
-        ended.stderr.contains(&expected) && ended.stderr.contains("was lost: max_hold"),
+        ended.stderr.contains(&expected) && ended.stderr.contains("was lost: it was held for longer than max_hold"),
         "{ended:?}"
     );
     assert_eq!(agent.info("held"), "1");
