@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::future::join_all;
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{self, FuturesUnordered};
+use futures_util::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -16,11 +16,14 @@ use super::node::Node;
 use super::tally::majority;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::protocol::Push;
+use crate::protocol::{Push, Release};
 use crate::store::{LeaseStore, Priority, StoreError};
 
 /// The longest pause between two probes of all nodes; the shortest is half of it.
 const PROBE_PAUSE: Duration = Duration::from_millis(130);
+/// How many pending releases of a node are sent at a time. A node that was away may have thousands,
+/// and is not used before they are done.
+const RELEASES_AT_A_TIME: usize = 64;
 /// The pause between two checks for releases in flight while the manager shuts down.
 const DRAIN_PAUSE: Duration = Duration::from_millis(2);
 
@@ -120,32 +123,44 @@ async fn probe_node(quorum: &Quorum, node: &Node) {
     }
 }
 
+/// The node did not answer a release.
+struct NoAnswer;
+
 /// Repeats the pending releases. Returns whether the node answered.
-async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> bool {
+pub(super) async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> bool {
     repeat_releases(quorum, node).await;
-    for (end, release) in node.pending_releases() {
-        let mut done = Moment::now() > end;
-        // The caller's connection carried what was sent for the cycle before; the background's
-        // works even if the application's runtime is gone.
-        for priority in [Priority::Foreground, Priority::Background] {
-            if !done {
-                match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
-                    Ok(Ok(_)) => {
-                        node.released(&release, quorum.newest_cycle(), quorum.max_ttl);
-                        done = true;
-                    }
-                    // Tried again until the lease has run out.
-                    Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
-                    Ok(Err(StoreError::Unavailable(_))) | Err(_) if priority == Priority::Background => return false,
-                    Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
+    let pending = stream::iter(node.pending_releases().into_iter().map(Ok));
+    let finished = pending.try_for_each_concurrent(RELEASES_AT_A_TIME, async |(end, release)| {
+        finish_release(quorum, node, end, &release).await
+    });
+    finished.await.is_ok()
+}
+
+/// Repeats a pending release, unless its lease has run out, at `end`.
+async fn finish_release(quorum: &Quorum, node: &Node, end: Moment, release: &Release) -> Result<(), NoAnswer> {
+    let mut done = Moment::now() > end;
+    // The caller's connection carried what was sent for the cycle before; the background's works
+    // even if the application's runtime is gone.
+    for priority in [Priority::Foreground, Priority::Background] {
+        if !done {
+            match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
+                Ok(Ok(_)) => {
+                    node.released(release, quorum.newest_cycle(), quorum.max_ttl);
+                    done = true;
                 }
+                // Tried again until the lease has run out.
+                Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
+                Ok(Err(StoreError::Unavailable(_))) | Err(_) if priority == Priority::Background => {
+                    return Err(NoAnswer);
+                }
+                Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
             }
         }
-        if done {
-            node.remove_pending_release(&release);
-        }
     }
-    true
+    if done {
+        node.remove_pending_release(release);
+    }
+    Ok(())
 }
 
 /// Repeats the releases after which a claim may have arrived. One without an answer is tried again

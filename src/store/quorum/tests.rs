@@ -201,6 +201,39 @@ async fn reply_of_a_sequencer_that_lost_its_vote_does_not_count() {
     );
 }
 
+/// A node that was away is not used before its pending releases are done. With thousands, one after
+/// the other took many seconds on a busy machine.
+#[tokio::test]
+async fn pending_releases_of_a_node_are_sent_together() {
+    const COUNT: u64 = 1_000;
+    let bench = Bench::new().await;
+    let node = &bench.nodes[0];
+    let release = |number: u64| Release {
+        key: LockKey::new(&format!("k{number}")).unwrap(),
+        cycle: Cycle::of(2 * number),
+        requeue: None,
+        tokens: 4,
+        nobody_waits: false,
+        retire_until: None,
+    };
+    let begun = Moment::now();
+    for number in 0..COUNT {
+        node.store.release(Priority::Foreground, release(number)).await.unwrap();
+    }
+    let one_after_the_other = Moment::now().since(begun);
+    for number in 0..COUNT {
+        node.add_pending_release(release(number), TTL);
+    }
+    let begun = Moment::now();
+    assert!(repair::finish_pending_releases(&bench.store.quorum, node).await);
+    let together = Moment::now().since(begun);
+    assert!(node.has_no_pending_releases());
+    assert!(
+        2 * together < one_after_the_other,
+        "{together:?}, {one_after_the_other:?} one after the other"
+    );
+}
+
 /// The first node is asked, but does not lead to a lock. Whatever it has of the cycle is released
 /// later, and until then its replies about the cycle do not count. The second node takes its place.
 #[tokio::test]
