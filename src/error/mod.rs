@@ -109,23 +109,24 @@ pub enum LockErrorKind {
 }
 
 impl LockErrorKind {
-    /// Returns a short name, such as `queue full`, for logs and statistics.
+    /// Returns an identifier, such as `queue_full`, for logs and statistics. Metrics and
+    /// [`LossReason::as_str`] have identifiers of the same form.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Invalid => "invalid",
             Self::Unsupported => "unsupported",
             Self::Timeout => "timeout",
-            Self::QueueFull => "queue full",
-            Self::TooManyWaiters => "too many waiters",
-            Self::TooManyKeys => "too many keys",
-            Self::TooManyLeases => "too many leases",
-            Self::ShardDown => "shard down",
+            Self::QueueFull => "queue_full",
+            Self::TooManyWaiters => "too_many_waiters",
+            Self::TooManyKeys => "too_many_keys",
+            Self::TooManyLeases => "too_many_leases",
+            Self::ShardDown => "shard_down",
             Self::Unavailable => "unavailable",
             Self::Refused => "refused",
-            Self::ShardMapMismatch => "shard map mismatch",
+            Self::ShardMapMismatch => "shard_map_mismatch",
             Self::Lost => "lost",
-            Self::TokenRegression => "token regression",
+            Self::TokenRegression => "token_regression",
             Self::Closed => "closed",
         }
     }
