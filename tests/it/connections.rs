@@ -368,7 +368,9 @@ on_each_store! {
     }
 
     async fn flushed_scripts_are_reloaded_without_an_error(store: &TestStore) {
-        let builder = || store.builder().ttl(store.short_ttl()).max_burst(2);
+        // Long enough for a machine that is busy beside the flushes.
+        let ttl = store.short_ttl().max(Duration::from_millis(1500));
+        let builder = || store.builder().ttl(ttl).max_burst(2);
         let over = Arc::new(AtomicBool::new(false));
         let flushing = std::thread::spawn({
             let (servers, over) = (store.keep_servers(), Arc::clone(&over));
@@ -397,7 +399,7 @@ on_each_store! {
             ended.expect("a task");
         }
         // Renewals work, too.
-        let lost = tokio::time::timeout(2 * store.short_ttl(), held.lost()).await;
+        let lost = tokio::time::timeout(2 * ttl, held.lost()).await;
         assert!(lost.is_err() && held.is_valid());
         held.release().await.expect("release");
         over.store(true, Ordering::Relaxed);
