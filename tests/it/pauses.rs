@@ -9,7 +9,7 @@ use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon}
 
 /// Longer than a loaded machine deprives a thread of its processor.
 fn ttl(store: &TestStore) -> Duration {
-    store.short_ttl().max(Duration::from_millis(700))
+    store.short_ttl().max(Duration::from_millis(1500))
 }
 
 /// Holds a lock and only watches the clock and the guard. When the clock shows that the process was

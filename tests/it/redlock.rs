@@ -150,8 +150,12 @@ async fn a_node_that_restarted_has_no_vote_until_the_longest_ttl_has_passed() {
     quorum.nodes()[0].restart();
     quorum.nodes()[1].kill();
     let other = connect_when_possible(&quorum).await;
-    let error = other.lock("k").await.expect_err("no majority");
-    assert!(error.to_string().contains("no vote yet"), "{error}");
+    // A busy machine may find the third node slow as well, and then reports only that.
+    until("the missing vote is reported", async || {
+        let error = other.lock("k").await.expect_err("no majority");
+        error.to_string().contains("no vote yet")
+    })
+    .await;
     assert!(guard.is_valid() || guard.loss_is_reported_within(MAX_TTL).await);
     quorum.wait_for_vote(0);
     until("two nodes vote again", async || match other.lock("k").await {
