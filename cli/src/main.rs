@@ -179,7 +179,7 @@ mod tests {
                     word.get_or_insert_default();
                 }
                 (' ', None) => words.extend(word.take()),
-                (';' | '|' | '#', None) => break,
+                (';' | '|' | '&' | '#', None) => break,
                 (char, _) => word.get_or_insert_default().push(char),
             }
         }
