@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use serde_json::json;
-use shardlock::config::Builder;
 use shardlock::introspect::{Holder, KeyState};
 use shardlock::tool::{self, BreakOutcome, printable};
 use shardlock::{LockKey, LockManager};
@@ -55,8 +54,7 @@ const OWNERS_SHOWN: usize = 10;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
-    let connecting = Builder::new().config(args.shards.load_with_shards()?).connect();
-    let locks = connecting.await.map_err(|error| args.shards.connect_failure(&error))?;
+    let locks = args.shards.connect(args.shards.load_with_shards()?).await?;
     let Some(owner) = &args.owner else {
         return Err(refuse_without_owner(&key, &locks.inspect(&key).await?));
     };

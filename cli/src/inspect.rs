@@ -6,7 +6,6 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 use shardlock::LockKey;
-use shardlock::config::Builder;
 use shardlock::introspect::{Holder, KeyState};
 use shardlock::tool::printable;
 
@@ -35,8 +34,7 @@ const HOLDERS_SHOWN: usize = 10;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
-    let connecting = Builder::new().config(args.shards.load_with_shards()?).connect();
-    let locks = connecting.await.map_err(|error| args.shards.connect_failure(&error))?;
+    let locks = args.shards.connect(args.shards.load_with_shards()?).await?;
     let state = locks.inspect(&key).await?;
     // A connected manager has shards.
     let shard = locks.shard_map().name(key.slot()).unwrap_or_default();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use serde::Serialize;
 use serde_json::json;
-use shardlock::config::{Builder, Config, Endpoint};
+use shardlock::config::{Config, Endpoint};
 use shardlock::introspect::{Holder, KeyState};
 use shardlock::tool::printable;
 use shardlock::{LockError, LockKey, LockManager};
@@ -93,8 +93,7 @@ struct Listing {
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let config = args.shards.load_with_shards()?;
-    let connecting = Builder::new().config(config.clone()).connect();
-    let locks = connecting.await.map_err(|error| args.shards.connect_failure(&error))?;
+    let locks = args.shards.connect(config.clone()).await?;
     let mut listing = Listing::default();
     let keys = find(&args, &config, &locks, &mut listing).await;
     read(&args, &locks, keys, &mut listing).await;

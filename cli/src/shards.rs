@@ -5,10 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
-use shardlock::LockError;
-use shardlock::config::Config;
+use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
 use shardlock::error::LockErrorKind;
-use shardlock::tool;
+use shardlock::{LockError, LockManager, tool};
 
 use crate::exit::Failure;
 use crate::serve::AGENT_VARIABLE;
@@ -64,6 +63,12 @@ impl Options {
             tool::set(&mut config, "shards", &self.shards.join(" "))?;
         }
         Ok(config)
+    }
+
+    /// Connects a manager with these settings.
+    pub(crate) async fn connect(&self, config: Config) -> Result<LockManager, Failure> {
+        let connected = Builder::new().config(config).connect().await;
+        connected.map_err(|error| self.connect_failure(&error))
     }
 
     /// The failure of a manager with these settings to connect. Which of the settings is invalid is
@@ -136,6 +141,11 @@ impl Options {
         }
         Ok(config)
     }
+}
+
+/// Whether the shard is a store inside one process, which no other process can use.
+pub(crate) fn is_in_process(shard: &ShardConfig) -> bool {
+    Endpoint::parse(&shard.url).is_ok_and(|endpoint| endpoint.scheme() == "memory")
 }
 
 /// The environment variables that may contain a password, and do now. A list of shards that can't

@@ -1,7 +1,7 @@
 //! Settings from the environment.
 
 use super::kubernetes::is_service_variable;
-use super::nearest::did_you_mean;
+use super::nearest::{a_known_one, did_you_mean};
 use super::{Config, bounds};
 use crate::error::InvalidSetting;
 
@@ -100,12 +100,8 @@ impl Config {
                 let all = known.iter().map(String::as_str).chain(NOT_SETTINGS);
                 // Compare without the prefix, which would make all names look similar.
                 let meant = did_you_mean(&variable[PREFIX.len()..], all.map(|name| &name[PREFIX.len()..]));
-                let bound = if meant.is_empty() {
-                    format!("a known one: {}", known.join(", "))
-                } else {
-                    let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
-                    format!("a known one{meant}")
-                };
+                let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
+                let bound = a_known_one(&meant, &known);
                 return Err(InvalidSetting::new(
                     "environment variable",
                     bounds::echo(variable),

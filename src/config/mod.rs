@@ -431,11 +431,7 @@ impl Config {
         let Some(field) = Field::named(name) else {
             let known: Vec<_> = FIELDS.iter().map(|field| field.name).collect();
             let meant = nearest::did_you_mean(name, known.iter().copied());
-            let bound = if meant.is_empty() {
-                format!("a known one: {}", known.join(", "))
-            } else {
-                format!("a known one{meant}")
-            };
+            let bound = nearest::a_known_one(&meant, &known);
             return Err(InvalidSetting::new("setting", bounds::echo(name), bound));
         };
         self.change(|config| (field.set)(config, value).and_then(|()| (field.check)(config)))

@@ -37,6 +37,16 @@ fn distance(a: &[char], b: &[char]) -> usize {
     rows[a.len()][b.len()]
 }
 
+/// The bound of an unknown name: the suggestion if there is one, otherwise the known names.
+pub(super) fn a_known_one(suggestion: &str, known: &[impl AsRef<str>]) -> String {
+    if suggestion.is_empty() {
+        let known: Vec<&str> = known.iter().map(AsRef::as_ref).collect();
+        format!("a known one: {}", known.join(", "))
+    } else {
+        format!("a known one{suggestion}")
+    }
+}
+
 /// The suggestion at the end of an error message, or nothing.
 pub(super) fn did_you_mean<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
     nearest(name, known).map_or_else(String::new, |nearest| format!("; did you mean {nearest}?"))

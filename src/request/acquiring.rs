@@ -208,8 +208,8 @@ impl AcquireFuture {
     /// The timeout has passed. During an outage the error is that of the shard, since the holder is
     /// not the reason.
     fn give_up_error(&self, waited: Duration) -> LockError {
-        let trouble = self.waiter.as_ref().and_then(|waiter| waiter.entry.outage());
-        trouble.map_or_else(|| self.timed_out(waited), |error| error.after(waited))
+        let outage = self.waiter.as_ref().and_then(|waiter| waiter.entry.outage());
+        outage.map_or_else(|| self.timed_out(waited), |error| error.after(waited))
     }
 
     fn timed_out(&self, waited: Duration) -> LockError {

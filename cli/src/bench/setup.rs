@@ -13,6 +13,7 @@ use crate::exit::Failure;
 use crate::load::temp_servers::TempServers;
 use crate::load::workers::Workers;
 use crate::output::eprint;
+use crate::shards;
 
 /// The maximum number of attempts to erase the namespace completely.
 const ERASURES_MAX: u32 = 20;
@@ -62,7 +63,7 @@ impl Setup {
     pub(super) async fn start_server(&mut self, config: &mut Config) -> anyhow::Result<Vec<String>> {
         config.namespace.clone_from(&self.namespace);
         if !config.shards.is_empty() {
-            let is_shared = config.shards.iter().any(|shard| !shard.url.starts_with("memory:"));
+            let is_shared = !config.shards.iter().all(shards::is_in_process);
             self.erase_config = is_shared.then(|| config.clone());
             return Ok(Vec::new());
         }

@@ -263,7 +263,7 @@ impl Args {
 
     fn config(&self) -> Result<Config, Failure> {
         let mut config = self.shards.load_with_shards()?;
-        if let Some(shard) = config.shards.iter().find(|shard| shard.url.starts_with("memory:")) {
+        if let Some(shard) = config.shards.iter().find(|shard| shards::is_in_process(shard)) {
             return Err(Failure::usage(anyhow!(
                 "shard {} is {}, a store inside one process, so a lock of this command would keep no other command out; \
                  use a server",

@@ -43,7 +43,6 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use rustix::process::Signal;
-use shardlock::config::Builder;
 use tokio::runtime;
 use tokio::signal::unix::{self, SignalKind};
 use tokio::sync::mpsc;
@@ -107,9 +106,7 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     }
     let admin = args.metrics.bind().map_err(unavailable)?;
     let locks = tokio::select! {
-        connected = Builder::new().config(config.clone()).connect() => {
-            connected.map_err(|error| args.shards.connect_failure(&error))?
-        }
+        connected = args.shards.connect(config.clone()) => connected?,
         signal = ending.next() => return Ok(signal.exit_code),
     };
     let agent = Arc::new(Agent::new(locks, args.limits.clone(), access, Defaults::new(config)));
