@@ -321,10 +321,13 @@ impl<W> Queue<W> {
     }
 
     pub(super) fn release(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
-        self.repeat_release_if_in_doubt(cycle, effects);
         self.finish_hold(effects);
         let nobody_waits = matches!(&self.phase, Phase::Held(Held { turn: None, .. }));
-        self.phase = Phase::Releasing { cycle, lingered: false };
+        self.phase = Phase::Releasing {
+            cycle,
+            lingered: false,
+            in_doubt: self.is_in_doubt(),
+        };
         effects.request(Request::Release {
             cycle,
             requeue: None,
@@ -334,12 +337,15 @@ impl<W> Queue<W> {
     }
 
     pub(super) fn requeue(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
-        self.repeat_release_if_in_doubt(cycle, effects);
         self.finish_hold(effects);
+        let in_doubt = self.is_in_doubt();
         self.take_ttl_of_first();
         let next = cx.open_cycle(self.mode, self.remote_waiters_seen, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Acquiring(Acquiring::new(next, AcquireKind::Enqueue, Some(cycle)));
+        self.phase = Phase::Acquiring(Acquiring {
+            in_doubt,
+            ..Acquiring::new(next, AcquireKind::Enqueue, Some(cycle))
+        });
         effects.request(Request::Release {
             cycle,
             requeue: Some(next),
@@ -348,12 +354,10 @@ impl<W> Queue<W> {
         });
     }
 
-    /// An extension without a reply may execute after the release that is sent now, so the release
-    /// must be repeated.
-    pub(super) fn repeat_release_if_in_doubt(&self, cycle: Cycle, effects: &mut Effects<W>) {
-        if matches!(&self.phase, Phase::Held(Held { in_doubt: true, .. })) {
-            effects.abandon(cycle);
-        }
+    /// Whether an extension without a reply may execute after a release that is sent now, which has
+    /// to be repeated then.
+    const fn is_in_doubt(&self) -> bool {
+        matches!(&self.phase, Phase::Held(Held { in_doubt: true, .. }))
     }
 
     /// The lease is lost. A guard that is out keeps only its lost lease, and waiters start over.

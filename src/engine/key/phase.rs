@@ -35,6 +35,8 @@ pub(super) enum Phase {
         cycle: Cycle,
         /// Whether the lease was lingering before the release.
         lingered: bool,
+        /// Whether the release has to be repeated.
+        in_doubt: bool,
     },
 }
 
@@ -44,6 +46,8 @@ pub(super) struct Acquiring {
     pub(super) kind: AcquireKind,
     /// The cycle that the same request releases.
     pub(super) releases: Option<Cycle>,
+    /// Whether that release has to be repeated.
+    pub(super) in_doubt: bool,
     /// A grant that overtook the reply.
     pub(super) early: Option<Grant>,
     /// Whether a remote waiter was reported before the reply arrived.
@@ -144,6 +148,7 @@ impl Acquiring {
             cycle,
             kind,
             releases,
+            in_doubt: false,
             early: None,
             remote_waiter_seen: false,
             missed_pushes: false,

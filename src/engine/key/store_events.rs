@@ -56,11 +56,23 @@ impl<W> Queue<W> {
     ) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Releasing { cycle: current, .. } if *current == cycle => {
+            Phase::Releasing {
+                cycle: current,
+                in_doubt,
+                ..
+            } if *current == cycle => {
+                // Not before the reply: if the repetition overtook the release, a guard would
+                // report that its lease was lost.
+                if *in_doubt {
+                    effects.abandon(cycle);
+                }
                 self.phase = Phase::Idle;
                 self.start_acquire(cx, &mut effects);
             }
             Phase::Acquiring(acquiring) if acquiring.releases == Some(cycle) => {
+                if acquiring.in_doubt {
+                    effects.abandon(cycle);
+                }
                 acquiring.releases = None;
                 self.outage = None;
                 match answer.reply.requeued {

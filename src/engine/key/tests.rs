@@ -214,6 +214,15 @@ impl Bench {
             .1
     }
 
+    /// Checks that a release is repeated after its reply. If the repetition overtook the release, a
+    /// guard would report that its lease was lost.
+    #[track_caller]
+    fn assert_repeated(&mut self, sent: &Seen, requeued: Option<AcquireReply>) {
+        let (cycle, _) = sent.releases();
+        assert_eq!(sent.abandoned, []);
+        assert_eq!(self.reply_to_release(cycle, requeued).abandoned, [cycle]);
+    }
+
     /// Replies to a release.
     fn reply_to_release(&mut self, cycle: Cycle, requeued: Option<AcquireReply>) -> Seen {
         let answer = answer(self.now, ReleaseReply { held: true, requeued });
