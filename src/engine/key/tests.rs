@@ -5,6 +5,7 @@ mod cancellation;
 mod exhaustive;
 mod extending;
 mod group;
+mod group_rules;
 mod hand_off;
 mod late;
 mod lingering;
@@ -14,6 +15,7 @@ mod outage;
 mod remote;
 mod reported_effects;
 mod turns;
+mod views;
 
 use std::time::Duration;
 

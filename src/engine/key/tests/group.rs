@@ -3,7 +3,7 @@
 use super::*;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+pub(super) enum Step {
     Want(usize),
     Try(usize),
     GiveUp(usize),
@@ -24,7 +24,7 @@ enum Step {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     Oldest,
     Newest,
 }
@@ -60,7 +60,7 @@ const STEPS: [Step; 24] = [
 
 const DEPTH: usize = 5;
 
-const fn permits(weight: u16, limit: u16) -> LockMode {
+pub(super) const fn permits(weight: u16, limit: u16) -> LockMode {
     LockMode::Permits { weight, limit }
 }
 
@@ -80,16 +80,16 @@ const BEGINNINGS: [&[Step]; 3] = [
 ];
 
 /// A group and the state of its environment. The store grants whatever it is asked for.
-struct Few {
-    group: Contender<u32>,
+pub(super) struct Few {
+    pub(super) group: Contender<u32>,
     modes: [LockMode; 2],
     rules: Rules,
     cycles: Cycles,
     min_holds: MinHolds,
-    now: Moment,
+    pub(super) now: Moment,
     waiting: [Option<WaiterId>; 2],
     guards: [Option<Granted>; 2],
-    in_flight: Vec<Request>,
+    pub(super) in_flight: Vec<Request>,
     queued: Vec<Cycle>,
     counter: u64,
     tokens: Vec<u64>,
@@ -97,7 +97,7 @@ struct Few {
 }
 
 impl Few {
-    fn new(modes: [LockMode; 2]) -> Self {
+    pub(super) fn new(modes: [LockMode; 2]) -> Self {
         Self {
             group: Contender::new(modes[0]),
             modes,
@@ -115,7 +115,7 @@ impl Few {
         }
     }
 
-    fn event<R>(&mut self, event: impl FnOnce(&mut Contender<u32>, Context<'_>) -> (R, Effects<u32>)) -> R {
+    pub(super) fn event<R>(&mut self, event: impl FnOnce(&mut Contender<u32>, Context<'_>) -> (R, Effects<u32>)) -> R {
         let cx = Context {
             now: self.now,
             rules: &self.rules,
@@ -141,7 +141,7 @@ impl Few {
     }
 
     /// Applies the step. Returns whether it makes sense in the current state.
-    fn step(&mut self, step: Step) -> bool {
+    pub(super) fn step(&mut self, step: Step) -> bool {
         self.now = self.now + ms(1);
         match step {
             Step::Want(task) | Step::Try(task) => {
