@@ -34,7 +34,7 @@ pub(crate) struct StoreOutage {
 /// The outage that affects the waiters of a key, from the first failed request to the next reply.
 #[derive(Debug)]
 pub(super) struct KeyOutage {
-    outage: StoreOutage,
+    store: StoreOutage,
     error: LockError,
     /// The number of failed requests.
     attempts: u32,
@@ -51,16 +51,16 @@ impl KeyOutage {
     fn bears_until(&self, waits: InOutage, since: Moment) -> Option<Moment> {
         match waits {
             InOutage::Fail => Some(since),
-            InOutage::UntilStoreTimeout => Some(since.max(self.outage.since) + self.outage.patience),
+            InOutage::UntilStoreTimeout => Some(since.max(self.store.since) + self.store.patience),
             InOutage::UntilOwnLimit => None,
         }
     }
 
-    /// The trouble after another failed request.
+    /// The outage after another failed request.
     pub(super) fn after(before: Option<Box<Self>>, outage: StoreOutage, error: &LockError) -> Self {
-        let since = before.as_ref().map_or(outage.since, |before| before.outage.since);
+        let since = before.as_ref().map_or(outage.since, |before| before.store.since);
         Self {
-            outage: StoreOutage { since, ..outage },
+            store: StoreOutage { since, ..outage },
             error: error.clone(),
             attempts: before.map_or(0, |before| before.attempts).saturating_add(1),
             deadline: None,
@@ -171,10 +171,10 @@ impl<W> Queue<W> {
     /// When the next retry is due or the next waiter fails, rounded up to the grid.
     pub(super) fn outage_deadline(&self) -> Option<Moment> {
         let outage = self.outage.as_ref()?;
-        let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(outage.outage.retry_at);
+        let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(outage.store.retry_at);
         let earliest = retry_at.into_iter().chain(outage.deadline).min()?;
         // The grid is shifted by the start of the outage, so each process has its own.
-        let phase = outage.outage.since.as_nanos() % GRID;
+        let phase = outage.store.since.as_nanos() % GRID;
         let nanos = earliest.as_nanos().saturating_sub(phase);
         Some(Moment::from_nanos(
             nanos.div_ceil(GRID).saturating_mul(GRID).saturating_add(phase),
@@ -184,7 +184,7 @@ impl<W> Queue<W> {
     /// Time passed during an outage.
     pub(super) fn tick_in_outage(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(outage) = &self.outage else { return };
-        let retry_at = outage.outage.retry_at;
+        let retry_at = outage.store.retry_at;
         if outage.deadline.is_some_and(|deadline| cx.now >= deadline) {
             self.fail_impatient(cx, effects);
         }

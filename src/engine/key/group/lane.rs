@@ -13,7 +13,7 @@ pub(super) const CLAIMS_MAX: usize = 8;
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) mode: LockMode,
-    pub(super) queue: Queue<Nobody>,
+    pub(super) queue: Queue<NoWaiter>,
     /// Our waiter in the queue.
     pub(super) claim: Option<WaiterId>,
     pub(super) hold: Option<Hold>,
@@ -21,7 +21,7 @@ pub(super) struct Lane {
 
 /// The waker of a claim. The outcome is collected after each event instead.
 #[derive(Debug)]
-pub(in crate::engine::key) enum Nobody {}
+pub(in crate::engine::key) enum NoWaiter {}
 
 /// What a lane granted to the group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl<W> Group<W> {
         &mut self,
         cx: Context<'_>,
         effects: &mut Effects<W>,
-        event: impl Fn(&mut Queue<Nobody>, Context<'_>) -> Effects<Nobody>,
+        event: impl Fn(&mut Queue<NoWaiter>, Context<'_>) -> Effects<NoWaiter>,
     ) {
         for index in 0..self.lanes.len() {
             self.on_lane(index, effects, |queue| event(queue, cx));
@@ -64,7 +64,7 @@ impl<W> Group<W> {
         cycle: Cycle,
         cx: Context<'_>,
         effects: &mut Effects<W>,
-        event: impl FnOnce(&mut Queue<Nobody>, Context<'_>) -> Effects<Nobody>,
+        event: impl FnOnce(&mut Queue<NoWaiter>, Context<'_>) -> Effects<NoWaiter>,
     ) -> bool {
         let Some(index) = self.lanes.iter().position(|lane| lane.queue.is_current(cycle)) else {
             return false;
@@ -78,7 +78,7 @@ impl<W> Group<W> {
         &mut self,
         index: usize,
         effects: &mut Effects<W>,
-        event: impl FnOnce(&mut Queue<Nobody>) -> Effects<Nobody>,
+        event: impl FnOnce(&mut Queue<NoWaiter>) -> Effects<NoWaiter>,
     ) {
         let waiting = self.waiters.len();
         let Some(lane) = self.lanes.get_mut(index) else { return };

@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use self::lane::Lane;
 #[cfg(test)]
-use self::lane::Nobody;
+use self::lane::NoWaiter;
 use super::outage::KeyOutage;
 use super::{
     Context, Effects, Lease, LockMode, LossReason, Moment, Outcome, Queue, Waiter, WaiterId, WaiterOptions, Waiters,
@@ -145,7 +145,7 @@ impl<W> Group<W> {
     }
 
     #[cfg(test)]
-    pub(super) fn queues(&self) -> impl Iterator<Item = &Queue<Nobody>> {
+    pub(super) fn queues(&self) -> impl Iterator<Item = &Queue<NoWaiter>> {
         self.lanes.iter().map(|lane| &lane.queue)
     }
 
