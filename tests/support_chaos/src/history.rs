@@ -46,7 +46,7 @@ pub enum Event {
         left: Nanos,
     },
     /// `lost()` has returned.
-    Told {
+    LossReported {
         /// The reason of the loss.
         reason: String,
     },
@@ -90,7 +90,7 @@ impl fmt::Display for Line {
             Event::Asked { key, limit } => write!(f, "asked {key} {limit}"),
             Event::Granted { token, left } => write!(f, "granted {token} {left}"),
             Event::Valid { left } => write!(f, "valid {left}"),
-            Event::Told { reason } => write!(f, "told {reason}"),
+            Event::LossReported { reason } => write!(f, "loss {reason}"),
             Event::Ending { left } => write!(f, "ending {left}"),
             Event::Ended { outcome } => write!(f, "ended {outcome}"),
             Event::Failed { why } => write!(f, "failed {why}"),
@@ -129,7 +129,7 @@ impl Line {
             "valid" => Event::Valid {
                 left: rest.parse().ok()?,
             },
-            "told" => Event::Told {
+            "loss" => Event::LossReported {
                 reason: rest.to_owned(),
             },
             "ending" => Event::Ending {

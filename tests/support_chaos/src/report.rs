@@ -92,7 +92,7 @@ impl fmt::Display for Report {
             writeln!(f, "  {why:<24}{count:>8}")?;
         }
         writeln!(f, "\nreported losses")?;
-        for (reason, count) in &all.verdict.told {
+        for (reason, count) in &all.verdict.losses {
             writeln!(f, "  {reason:<24}{count:>8}")?;
         }
         let unexplained = all.verdict.worth_a_look.len();
@@ -125,7 +125,7 @@ fn line(f: &mut fmt::Formatter<'_>, kind: &str, of_kind: &OfKind) -> fmt::Result
         of_kind.lasted.as_secs(),
         of_kind.faults.values().sum::<u64>(),
         verdict.granted,
-        verdict.told.values().sum::<u64>(),
+        verdict.losses.values().sum::<u64>(),
         format!("{:.1}", verdict.longest_wait as f64 / 1e9),
         overlaps as u64 + verdict.count_excused("overlap"),
         verdict.excused.values().sum::<u64>(),

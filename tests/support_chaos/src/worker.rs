@@ -279,7 +279,7 @@ impl Shared {
             match tokio::time::timeout(left.min(LOOK_EVERY), guard.lost()).await {
                 Ok(reason) => {
                     let reason = reason.as_str().to_owned();
-                    return self.journal.note(now(), number, Event::Told { reason });
+                    return self.journal.note(now(), number, Event::LossReported { reason });
                 }
                 Err(_) => {
                     let at = now();

@@ -29,7 +29,7 @@ pub(super) struct Hold {
     pub(super) token: u64,
     /// Readings of the guard: the time, and the remaining validity at that time.
     pub(super) readings: Vec<(Nanos, Nanos)>,
-    pub(super) told: Option<(Nanos, String)>,
+    pub(super) loss_reported: Option<(Nanos, String)>,
     pub(super) ending: Option<Nanos>,
     pub(super) ended: Option<(Nanos, String)>,
 }
@@ -43,8 +43,8 @@ impl Hold {
             // The release confirmed that the lock was held until then.
             (Some((_, outcome)), Some(ending)) if outcome == "ok" => ending,
             _ => {
-                let told = self.told.as_ref().map_or(Nanos::MAX, |(at, _)| *at);
-                claimed.min(told).min(self.ending.unwrap_or(Nanos::MAX))
+                let reported = self.loss_reported.as_ref().map_or(Nanos::MAX, |(at, _)| *at);
+                claimed.min(reported).min(self.ending.unwrap_or(Nanos::MAX))
             }
         }
     }
@@ -134,7 +134,7 @@ pub(super) fn collect(lines: &[Line]) -> Vec<Acquisition> {
                     at: line.at,
                     token: *token,
                     readings: vec![(line.at, *left)],
-                    told: None,
+                    loss_reported: None,
                     ending: None,
                     ended: None,
                 }));
@@ -144,7 +144,9 @@ pub(super) fn collect(lines: &[Line]) -> Vec<Acquisition> {
                 *outcome = Some(Outcome::Failed { at, why });
             }
             (Event::Valid { left }, Some(Outcome::Granted(hold))) => hold.readings.push((line.at, *left)),
-            (Event::Told { reason }, Some(Outcome::Granted(hold))) => hold.told = Some((line.at, reason.clone())),
+            (Event::LossReported { reason }, Some(Outcome::Granted(hold))) => {
+                hold.loss_reported = Some((line.at, reason.clone()))
+            }
             (Event::Ending { left }, Some(Outcome::Granted(hold))) => {
                 hold.readings.push((line.at, *left));
                 hold.ending = Some(line.at);

@@ -23,7 +23,9 @@ pub(super) fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms,
                 format!("was valid until {}, loss not reported by {at}", hold.claimed_until()),
             );
         }
-        let Some((at, reason)) = &hold.told else { continue };
+        let Some((at, reason)) = &hold.loss_reported else {
+            continue;
+        };
         match reason.as_str() {
             "taken" => find(
                 "vanished",
@@ -42,7 +44,7 @@ pub(super) fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms,
 fn reported_late(acquisition: &Acquisition, hold: &Hold, faults: &Faults) -> Option<u64> {
     let end = hold.claimed_until();
     // A task that is releasing its guard no longer waits for the loss.
-    let known = hold.told.as_ref().map(|(at, _)| *at).or_else(|| {
+    let known = hold.loss_reported.as_ref().map(|(at, _)| *at).or_else(|| {
         let mut readings = hold.readings.iter().filter(|(at, _)| Some(*at) != hold.ending);
         readings.rfind(|(at, left)| *at > end && *left == 0).map(|(at, _)| *at)
     })?;

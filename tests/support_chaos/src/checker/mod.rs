@@ -88,7 +88,7 @@ pub(crate) struct Verdict {
     /// Failed requests, by reason.
     pub(crate) failed: BTreeMap<String, u64>,
     /// Losses, by reason.
-    pub(crate) told: BTreeMap<String, u64>,
+    pub(crate) losses: BTreeMap<String, u64>,
     pub(crate) longest_wait: Nanos,
     /// By violation and excuse.
     pub(crate) excused: BTreeMap<(&'static str, &'static str), u64>,
@@ -107,8 +107,8 @@ impl Verdict {
         for (why, count) in other.failed {
             *self.failed.entry(why).or_default() += count;
         }
-        for (reason, count) in other.told {
-            *self.told.entry(reason).or_default() += count;
+        for (reason, count) in other.losses {
+            *self.losses.entry(reason).or_default() += count;
         }
         for (what, count) in other.excused {
             *self.excused.entry(what).or_default() += count;
@@ -178,8 +178,8 @@ fn count(acquisitions: &[Acquisition]) -> Verdict {
             Some(Outcome::Granted(hold)) => {
                 verdict.granted += 1;
                 verdict.longest_wait = verdict.longest_wait.max(hold.at - acquisition.asked);
-                if let Some((_, reason)) = &hold.told {
-                    *verdict.told.entry(reason.clone()).or_default() += 1;
+                if let Some((_, reason)) = &hold.loss_reported {
+                    *verdict.losses.entry(reason.clone()).or_default() += 1;
                 }
             }
             Some(Outcome::Failed { why, .. }) => *verdict.failed.entry(why.clone()).or_default() += 1,

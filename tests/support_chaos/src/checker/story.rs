@@ -27,9 +27,9 @@ pub(super) fn render(finding: &Finding, lines: &[Line]) -> String {
             || of_key.contains(&(line.who.as_str(), line.number))
             || matches!(line.event, Event::Left { .. })
     };
-    let told: Vec<&Line> = lines.iter().filter(concerns).collect();
+    let concerned: Vec<&Line> = lines.iter().filter(concerns).collect();
     // Two separate excerpts if many lines lie between them, and all faults.
-    let place = |at: Nanos| told.partition_point(|line| line.at < at);
+    let place = |at: Nanos| concerned.partition_point(|line| line.at < at);
     let near = |index: usize, place: usize| index + LINES / 2 >= place && index < place + LINES / 2;
     let (first, last) = (place(start), place(finding.at));
     let mut story = format!(
@@ -40,7 +40,7 @@ pub(super) fn render(finding: &Finding, lines: &[Line]) -> String {
         finding.words
     );
     let mut skipped = 0;
-    for (index, line) in told.iter().enumerate() {
+    for (index, line) in concerned.iter().enumerate() {
         if near(index, first) || near(index, last) || is_fault(line) {
             if skipped > 0 {
                 writeln!(story, "    ... {skipped} lines").expect("a string");

@@ -223,7 +223,7 @@ fn loss_that_is_reported_late_is_found() {
         0 nemesis 1 fault hung-server -
         0 w1 1 asked k 1000
         1 w1 1 granted 10 900
-        2500 w1 1 told expired
+        2500 w1 1 loss expired
         2501 w1 1 ending 0
         2502 w1 1 ended lost
         3000 nemesis 1 over";
@@ -250,7 +250,7 @@ fn lease_that_vanishes_without_a_cause_is_found() {
         0 nemesis 1 fault hung-server -
         0 w1 1 asked k 1000
         1 w1 1 granted 10 900
-        300 w1 1 told taken
+        300 w1 1 loss taken
         301 w1 1 ending 0
         302 w1 1 ended lost";
     assert_finds(text, &["vanished"]);
@@ -264,7 +264,7 @@ fn loss_without_a_fault_is_worth_a_look() {
         500 nemesis 1 over
         7000 w1 1 asked k 1000
         7001 w1 1 granted 10 900
-        7901 w1 1 told expired
+        7901 w1 1 loss expired
         7902 w1 1 ending 0
         7903 w1 1 ended lost";
     let verdict = judge(text);
@@ -356,7 +356,7 @@ const FORGOTTEN: &str = "
     301 w2 1 granted 11 900
     302 w2 1 ending 900
     303 w2 1 ended ok
-    400 w1 1 told expired
+    400 w1 1 loss expired
     401 w1 1 ending 0
     402 w1 1 ended lost";
 
@@ -403,7 +403,7 @@ fn story_has_the_lines_and_the_faults_around_a_violation() {
         "fault hung-server",
         "w1 1 granted 10",
         "w2 1 granted 11",
-        "w1 1 told expired",
+        "w1 1 loss expired",
     ] {
         assert!(story.contains(part), "{part:?} is not in:\n{story}");
     }

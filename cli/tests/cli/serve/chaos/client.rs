@@ -264,7 +264,7 @@ impl Acquisition<'_> {
 
     fn note_loss(&self, reason: &str) {
         let reason = reason.to_owned();
-        self.note(now(), Event::Told { reason });
+        self.note(now(), Event::LossReported { reason });
     }
 
     /// Asks until when the lock is certainly held.
