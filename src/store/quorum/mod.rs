@@ -279,12 +279,24 @@ impl Quorum {
     /// A node did not answer, or its connection broke. The waiters in its queue must find another
     /// sequencer.
     fn report_down(&self, node: &Node, why: &str) {
-        node.metrics.unanswered.increment(1);
-        if node.mark_down(why) {
-            tracing::warn!(node = %node.place, why, "a node of the quorum is down");
-            self.sequencer_lost.notify_one();
+        if self.note_down(node, why) {
+            log_down(node, why);
         }
     }
+
+    /// Does the same without a line in the log. Returns whether the node was up.
+    fn note_down(&self, node: &Node, why: &str) -> bool {
+        node.metrics.unanswered.increment(1);
+        let was_up = node.mark_down(why);
+        if was_up {
+            self.sequencer_lost.notify_one();
+        }
+        was_up
+    }
+}
+
+fn log_down(node: &Node, why: &str) {
+    tracing::warn!(node = %node.place, why, "a node of the quorum is down");
 }
 
 /// The reason for a node's outage; `None` if the node is well and only refused.
@@ -308,20 +320,31 @@ impl LeaseStore for QuorumStore {
                 let (limit, downs) = (quorum.connect_limit, node.downs());
                 async move { (node, downs, tokio::time::timeout(limit, node.store.connect()).await) }
             });
+            let mut down = Vec::new();
             for (node, downs, connected) in futures_util::future::join_all(connects).await {
-                match connected {
-                    Ok(Ok(())) => node.mark_up(downs),
+                let why = match connected {
+                    Ok(Ok(())) => {
+                        node.mark_up(downs);
+                        continue;
+                    }
                     Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
-                    Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => quorum.report_down(node, &why),
-                    Err(_) => quorum.report_down(node, "no answer while connecting"),
+                    Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => why,
+                    Err(_) => "no answer while connecting".into(),
+                };
+                if quorum.note_down(node, &why) {
+                    down.push((node, why));
                 }
             }
             // Nodes without a vote get it in time, so they do not prevent a start.
             let up = quorum.nodes.iter().filter(|node| node.is_up()).count();
-            match up >= majority(quorum.nodes.len()) {
-                true => Ok(()),
-                false => Err(quorum.no_majority()),
+            if up < majority(quorum.nodes.len()) {
+                // The error names the nodes. The caller may retry for long.
+                return Err(quorum.no_majority());
             }
+            for (node, why) in down {
+                log_down(node, &why);
+            }
+            Ok(())
         })
     }
 
