@@ -88,11 +88,7 @@ impl Cycle {
     /// Writes the same text as [`Display`](fmt::Display). For the hot path, where formatting is
     /// slow.
     pub(crate) fn write_to(self, writer: &mut impl Write) -> io::Result<()> {
-        let mut digits = itoa::Buffer::new();
-        writer.write_all(digits.format(self.number).as_bytes())?;
-        writer.write_all(b"-")?;
-        writer.write_all(digits.format(self.ttl_ms).as_bytes())?;
-        writer.write_all(b"-")?;
+        write!(writer, "{}-{}-", self.number, self.ttl_ms)?;
         let mut code = [0; CODE_DIGITS];
         for (index, digit) in code.iter_mut().rev().enumerate() {
             let nibble = (self.code >> (4 * index)) & 0xf;

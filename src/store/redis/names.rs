@@ -86,14 +86,17 @@ impl Name<'_> {
     pub(crate) fn write(&self, command: &mut impl RedisWrite) {
         let Self([first, second, third, last], number) = self;
         let mut writer = command.writer_for_next_arg();
-        let mut write = |part: &str| writer.write_all(part.as_bytes());
-        let mut digits = itoa::Buffer::new();
-        let number = number.map_or("", |number| digits.format(number));
+        let mut write = || {
+            for part in [first, second, third] {
+                writer.write_all(part.as_bytes())?;
+            }
+            if let Some(number) = number {
+                write!(writer, "{number}")?;
+            }
+            writer.write_all(last.as_bytes())
+        };
         // Writing to a buffer in memory can't fail.
-        [*first, second, third, number, last]
-            .into_iter()
-            .try_for_each(&mut write)
-            .ok();
+        write().ok();
     }
 }
 
