@@ -119,7 +119,12 @@ impl Endpoint {
             ));
         }
         let Some((scheme, rest)) = split_scheme(text) else {
-            return Err(invalid(&format!("a URL; {SUPPORTED}")));
+            let is_address = |byte: u8| byte.is_ascii_alphanumeric() || b".:-_[]".contains(&byte);
+            // What redact would hide may be a password.
+            return Err(invalid(&match text.bytes().all(is_address) && redact(text) == text {
+                true => format!("a URL, such as redis://{text}; {SUPPORTED}"),
+                false => format!("a URL; {SUPPORTED}"),
+            }));
         };
         let scheme = canonical(scheme);
         let tls = matches!(

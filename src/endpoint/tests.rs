@@ -287,7 +287,13 @@ fn kinds_that_are_not_built_or_not_known_are_refused_by_name() {
         }
     }
     assert!(refusal("http://host").contains("supported: redis://, redis+unix://, redis+sentinel://"));
-    assert!(refusal("localhost:6379").contains("url is localhost:6379, but must be a URL"));
+    for address in ["localhost:6379", "10.0.0.1", "[::1]:6379"] {
+        let expected = format!("url is {address}, but must be a URL, such as redis://{address}; supported");
+        assert!(refusal(address).contains(&expected), "{}", refusal(address));
+    }
+    for secret in ["u:s3cret@host", "u:s3cret"] {
+        assert!(!refusal(secret).contains("s3cret"), "{}", refusal(secret));
+    }
 }
 
 #[test]
