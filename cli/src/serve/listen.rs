@@ -202,8 +202,11 @@ fn lock_path(path: &Path) -> Result<File> {
         .mode(0o600)
         .open(&name)
         .with_context(|| {
-            let name = name.display();
-            format!("{name} can't be opened; give --socket a path in a folder that exists and is yours")
+            let (path, name) = (path.display(), name.display());
+            format!(
+                "can't listen on {path}: its lock file {name} can't be opened; \
+                 give --socket a path in a folder that exists and is yours"
+            )
         })?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
