@@ -129,7 +129,11 @@ async fn search_server(
         let (next, names): (u64, Vec<Vec<u8>>) = match query(&mut connection, &step).await {
             Ok(reply) => reply,
             Err(reason) => {
-                result = Err(reason);
+                result = Err(if reason.contains("NoPerm") {
+                    format!("{reason}; grant it with +scan to list keys")
+                } else {
+                    reason
+                });
                 break;
             }
         };
@@ -145,7 +149,8 @@ async fn search_server(
             break;
         }
     }
-    found.more |= !is_complete;
+    // A server that fails is in the errors.
+    found.more |= !is_complete && result.is_ok();
     for key in here {
         *found.keys.entry(key).or_default() += 1;
     }

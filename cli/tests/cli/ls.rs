@@ -102,6 +102,19 @@ fn a_list_is_limited_and_reports_that_there_is_more() {
 }
 
 #[test]
+fn missing_permission_to_scan_is_named_and_is_no_limit() {
+    let server = RedisServer::start();
+    server.command(&["ACL", "SETUSER", "default", "-scan"]);
+    let ended = run(patient(&server, &["ls"]));
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (69, "no held key was found\n"),
+        "{ended:?}"
+    );
+    assert!(ended.stderr.contains("grant it with +scan"), "{ended:?}");
+}
+
+#[test]
 fn keys_of_the_other_shards_are_listed_if_one_can_not_be_read() {
     let (server, gone) = (RedisServer::start(), RedisServer::start());
     let urls = format!("{} {}", server.url(), gone.url());
