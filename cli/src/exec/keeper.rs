@@ -22,6 +22,10 @@ use super::{Args, Permits, Source};
 use crate::exit::{self, Failure};
 use crate::{metrics, output, shards};
 
+/// How long a call that did not get the lock waits for the confirmation that its place in the queue
+/// is given up. Without it, the place ends by itself.
+const LEAVE_MAX: Duration = Duration::from_secs(1);
+
 /// State of the process that holds the lock.
 pub(super) struct Keeper {
     pub(super) front: Pid,
@@ -101,12 +105,21 @@ impl Keeper {
             code = events.wait_for_termination() => Ok(Acquisition::Interrupted(code)),
             never = log_waiting(work) => match never {},
         };
-        let code = match acquired {
-            Ok(acquired) => self.run_command(acquired, args, work, events, call).await,
-            Err(failure) => Err(failure),
+        let (code, has_held) = match acquired {
+            Ok(acquired) => {
+                let has_held = matches!(acquired, Acquisition::Acquired(_));
+                (self.run_command(acquired, args, work, events, call).await, has_held)
+            }
+            Err(failure) => (Err(failure), false),
         };
         // What was left is logged.
-        locks.shutdown().await.ok();
+        let shutdown = async { locks.shutdown().await.ok() };
+        if has_held {
+            shutdown.await;
+        } else {
+            // A server that is away would delay the end beyond --wait.
+            tokio::time::timeout(LEAVE_MAX, shutdown).await.ok();
+        }
         code
     }
 

@@ -5,10 +5,11 @@ use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use support::{PATIENCE, RedisServer, wait_until};
 
-use crate::tool::{Holder, Notes, Run, bare, is_held, run, tool};
+use crate::tool::{Holder, Notes, PATIENT, Run, bare, is_held, patient, run, tool, wait_until_waiting};
 
 #[test]
 fn the_exit_code_of_the_command_comes_through() {
@@ -312,6 +313,20 @@ fn a_wait_that_begins_during_an_outage_survives_it() {
     server.kill();
     let ended = run(tool(&server, &["exec", "-w", "100ms", "k", "true"]));
     assert_eq!(ended.code, 69, "{ended:?}");
+}
+
+#[test]
+fn wait_ends_in_time_if_the_server_is_gone() {
+    let server = RedisServer::start();
+    let _holder = Holder::with(&server, &PATIENT, "k");
+    let mut waiting = Run::start(patient(&server, &["exec", "-w", "2s", "k", "true"]));
+    wait_until_waiting(&server, "k", 1);
+    server.kill();
+    let since = Instant::now();
+    let ended = waiting.end();
+    assert_eq!(ended.code, 69, "{ended:?}");
+    // Its place in the queue could not be given up, for which it might have waited 40 s.
+    assert!(since.elapsed() < Duration::from_secs(20), "{:?}", since.elapsed());
 }
 
 #[test]
