@@ -330,6 +330,22 @@ fn wait_ends_in_time_if_the_server_is_gone() {
 }
 
 #[test]
+fn retries_to_connect_to_a_quorum_are_logged_once() {
+    let servers = [(); 3].map(|()| RedisServer::start());
+    let addresses = servers.each_ref().map(RedisServer::address).join(",");
+    drop(servers);
+    let shard = format!("redlock://{addresses}");
+    let ended = run(bare(&["exec", "-w", "500ms", "--shard", &shard, "k", "true"]));
+    assert_eq!(ended.code, 69, "{ended:?}");
+    assert_eq!(ended.stderr.matches("retrying").count(), 1, "{ended:?}");
+    assert_eq!(
+        ended.stderr.matches("a node of the quorum is down").count(),
+        0,
+        "{ended:?}"
+    );
+}
+
+#[test]
 fn variables_without_a_value_count_as_unset() {
     let server = RedisServer::start();
     for name in [
