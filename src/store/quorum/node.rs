@@ -47,7 +47,7 @@ pub(super) struct Repeat {
 }
 
 /// The most pending releases that are kept per node. The oldest beyond that expire with their TTL.
-const PENDING_RELEASES_MAX: usize = 10_000;
+pub(super) const PENDING_RELEASES_MAX: usize = 10_000;
 
 impl Node {
     pub(super) fn new(store: RedisStore, place: &str, metrics: NodeMetrics) -> Self {

@@ -1,6 +1,8 @@
 //! Which answers count in a quorum, on real servers whose votes a test gives and takes.
 
 mod model;
+mod nodes;
+mod releases;
 mod shared;
 
 use std::sync::Arc;

@@ -1,0 +1,81 @@
+//! Releases: which replies a loss needs, and what becomes of a release without an answer.
+
+use super::*;
+
+impl Bench {
+    async fn release(&self, cycle: u64) -> Result<bool, StoreError> {
+        let release = Release {
+            key: key(),
+            cycle: Cycle::of(cycle),
+            requeue: None,
+            tokens: 4,
+            nobody_waits: false,
+            retire_until: None,
+        };
+        let answer = self.store.release(Priority::Foreground, release).await?;
+        Ok(answer.reply.held)
+    }
+}
+
+#[tokio::test]
+async fn release_reports_a_loss_only_if_no_majority_can_have_had_the_lease() {
+    for (taken, held) in [
+        (&[][..], true),
+        (&[0][..], true),
+        // One of these is not waited for.
+        (&[1, 2][..], true),
+        (&[0, 1, 2][..], false),
+    ] {
+        let bench = Bench::new().await;
+        bench.hold(2).await;
+        taken.iter().for_each(|&node| bench.take(node));
+        assert_eq!(bench.release(2).await.unwrap(), held, "taken at {taken:?}");
+        let left = bench.owner(0);
+        assert_eq!(left.is_some(), taken.contains(&0), "{left:?}");
+    }
+}
+
+#[tokio::test]
+async fn release_does_not_wait_for_a_node_that_hangs() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    bench.servers[2].stop();
+    let released = tokio::time::timeout(PATIENCE / 4, bench.release(2)).await;
+    bench.servers[2].cont();
+    assert!(released.expect("a node may take half of PATIENCE").unwrap());
+}
+
+#[tokio::test]
+async fn release_without_a_majority_fails_and_stays_pending() {
+    let bench = Bench::new().await.with_node_limit(Duration::from_millis(50));
+    bench.hold(2).await;
+    bench.servers[1].stop();
+    bench.servers[2].stop();
+    let released = bench.release(2).await;
+    assert!(matches!(released, Err(StoreError::Unavailable(_))), "{released:?}");
+    let pending = [1, 2].map(|node| bench.nodes[node].has_pending_release(Cycle::of(2)));
+    assert_eq!(pending, [true, true]);
+    assert!(!bench.store.quorum.holds(Cycle::of(2)));
+    [1, 2].iter().for_each(|&node| bench.servers[node].cont());
+}
+
+#[tokio::test]
+async fn release_dropped_midway_is_pending_at_its_sequencer() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    bench.servers[0].stop();
+    let dropped = async {
+        while bench.owner(1).is_some() || bench.owner(2).is_some() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        released = bench.release(2) => panic!("an answer of a stopped server: {released:?}"),
+        () = dropped => {}
+    }
+    bench.servers[0].cont();
+    assert!(bench.nodes[0].has_pending_release(Cycle::of(2)));
+    let is_over = || bench.store.quorum.releasing.load(Ordering::Acquire) == 0;
+    eventually("nothing is in flight", PATIENCE, is_over).await;
+}
