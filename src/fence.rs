@@ -222,6 +222,12 @@ mod tests {
         assert_eq!(TokenBlock::EMPTY.remaining(), 0);
     }
 
+    #[test]
+    fn token_is_a_number() {
+        let token = TokenBlock::ending_at(7, 1).take().unwrap();
+        assert_eq!((u64::from(token), token.get()), (7, 7));
+    }
+
     /// Numbers come from servers, and from any client that can publish to an inbox.
     #[test]
     fn block_of_any_numbers_counts_without_overflow() {

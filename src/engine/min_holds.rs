@@ -93,6 +93,20 @@ mod tests {
     }
 
     #[test]
+    fn records_that_count_outlast_those_that_have_passed() {
+        let holds = MinHolds::default();
+        let count = 3 * PRUNE_AT_MIN as u64;
+        for number in 1..=count {
+            let until = if number % 2 == 0 { at(1_000) } else { at(5) };
+            holds.record(Cycle::of(2 * number), until, at(number.min(4)));
+        }
+        holds.record(Cycle::of(2), at(1_000), at(10));
+        for number in (2..=count).step_by(2) {
+            assert_eq!(holds.until(Cycle::of(2 * number), at(10)), Some(at(1_000)), "{number}");
+        }
+    }
+
+    #[test]
     fn expired_records_do_not_accumulate() {
         let holds = MinHolds::default();
         for number in 1..100_000 {

@@ -161,6 +161,18 @@ mod tests {
     }
 
     #[test]
+    fn lease_that_is_due_ends_after_what_is_left_of_its_ttl() {
+        let rules = Rules {
+            max_burst: 1,
+            max_slice: TTL,
+            renew_fraction: 0.25,
+            flaw: None,
+        };
+        let end = |late| Due::new((), TTL, Duration::from_millis(late), &rules, at(100)).ends_at;
+        assert_eq!([end(0), end(500), end(8_000)], [at(7_600), at(7_100), at(100)]);
+    }
+
+    #[test]
     fn leases_that_can_wait_are_not_in_a_batch_with_those_that_cannot() {
         let of = |ttls: &[u64]| -> Vec<Vec<u64>> {
             let ttl = |&millis: &u64| due(Duration::from_millis(millis), at(0));

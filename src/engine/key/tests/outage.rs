@@ -83,6 +83,37 @@ fn the_last_waiter_that_leaves_in_an_outage_leaves_nothing() {
 }
 
 #[test]
+fn outage_is_reported_with_its_failed_requests_until_a_reply() {
+    let mut bench = Bench::new();
+    let (_, cycle) = in_an_outage(&mut bench);
+    assert!(bench.queue.outage().is_none() && bench.queue.failed_attempts() == 0);
+    for attempt in 1..=3 {
+        bench.failed(cycle);
+        assert_eq!(bench.queue.failed_attempts(), attempt);
+        assert_eq!(bench.queue.outage().map(LockError::kind), Some(no_answer().kind()));
+        bench.pass(ms(20));
+        bench.tick();
+    }
+    bench.reply(cycle, queued(10));
+    assert!(bench.queue.outage().is_none() && bench.queue.failed_attempts() == 0);
+}
+
+/// The deadlines of all processes that see the outage must not fall into the same moment.
+#[test]
+fn deadline_in_an_outage_is_on_the_grid_of_its_own_start() {
+    const GRID: u64 = 1 << 24;
+    for shift in [0, 1, 5_000_000] {
+        let mut bench = Bench::new();
+        bench.now = Moment::from_nanos(bench.now.as_nanos() + shift);
+        let since = bench.now.as_nanos();
+        let (_, cycle) = in_an_outage(&mut bench);
+        bench.failed(cycle);
+        let deadline = bench.queue.next_deadline().unwrap().as_nanos();
+        assert_eq!((deadline - since) % GRID, 0, "{shift}");
+    }
+}
+
+#[test]
 fn task_that_arrives_during_an_outage_waits_or_fails_at_once() {
     let mut bench = Bench::new();
     let (_, cycle) = in_an_outage(&mut bench);
@@ -101,6 +132,9 @@ fn task_that_arrives_during_an_outage_waits_or_fails_at_once() {
     bench.pass(ms(100));
     assert_eq!(bench.tick().woken, [1], "the later waiter fails later");
     assert!(bench.collect(late).is_none());
+    bench.failed(cycle);
+    bench.pass(ms(900));
+    assert!(bench.tick().woken.contains(&8), "at its own deadline");
 }
 
 /// The request may have been executed: its cycle is queued or has the lease, and its enqueue mark
