@@ -24,7 +24,7 @@ pub use locker::{LOCKER, Locker, run_commands};
 pub use measured::Measured;
 
 /// A TTL long enough for a loaded machine and short enough to wait until it expires.
-pub const SHORT_TTL: Duration = Duration::from_millis(400);
+pub const SHORT_TTL: Duration = Duration::from_millis(800);
 
 /// Runs each test on each kind of store, as `name::on_memory`, `name::on_redis` and so on.
 /// `on(...)` restricts the tests to the given kinds and sets of kinds (see [`tests_on!`]). By
