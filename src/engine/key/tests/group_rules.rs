@@ -205,3 +205,54 @@ fn stale_grant_of_a_lane_is_reported() {
     });
     assert!(is_stale);
 }
+
+#[test]
+fn what_arrives_for_a_cycle_that_is_over_releases_it() {
+    let mut few = Few::new([LockMode::Shared; 2]);
+    let guard = first_guard(&mut few, SHARED);
+    let over = Cycle::of(1_000);
+    let now = few.now;
+    let mut abandoned_by = |cycle, event: StoreEvent<'_>| {
+        few.event(|key, cx| {
+            let effects = key.on_event(cycle, event, cx);
+            (
+                effects
+                    .rare
+                    .as_ref()
+                    .map(|rare| rare.abandoned.clone())
+                    .unwrap_or_default(),
+                effects,
+            )
+        })
+    };
+    for event in [
+        StoreEvent::AcquireReply(answer(now, granted(500, 501))),
+        StoreEvent::AcquireReply(answer(now, queued(500))),
+        StoreEvent::Grant(grant(over, 500, 501)),
+        StoreEvent::YourTurn,
+        StoreEvent::RemoteWaiter,
+    ] {
+        assert_eq!(abandoned_by(over, event), [over], "{event:?}");
+    }
+    let busy = StoreEvent::AcquireReply(answer(now, AcquireReply::Busy));
+    assert_eq!(abandoned_by(over, busy), [], "it left nothing in the store");
+    assert_eq!(abandoned_by(guard.lease.cycle, StoreEvent::RemoteWaiter), []);
+    assert_eq!(guard.lease.loss_at(now), None);
+}
+
+#[test]
+fn shared_lease_is_renewed_like_any_other() {
+    let mut few = Few::new([LockMode::Shared; 2]);
+    let guard = first_guard(&mut few, SHARED);
+    few.now = few.now + TTL / 2;
+    let renewal = few.event(|key, cx| (key.renewal(cx), Effects::none()));
+    assert_eq!(
+        renewal.map(|(cycle, ttl, _)| (cycle, ttl)),
+        Some((guard.lease.cycle, TTL))
+    );
+}
+
+#[test]
+fn bounds_are_named_after_their_settings() {
+    assert_eq!(Bound::ALL.map(Bound::as_str), ["gate", "max_burst", "max_slice"]);
+}
