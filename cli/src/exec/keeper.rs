@@ -105,20 +105,17 @@ impl Keeper {
             code = events.wait_for_termination() => Ok(Acquisition::Interrupted(code)),
             never = log_waiting(work) => match never {},
         };
-        let (code, has_held) = match acquired {
-            Ok(acquired) => {
-                let has_held = matches!(acquired, Acquisition::Acquired(_));
-                (self.run_command(acquired, args, work, events, call).await, has_held)
-            }
-            Err(failure) => (Err(failure), false),
+        let was_acquired = matches!(acquired, Ok(Acquisition::Acquired(_)));
+        let code = match acquired {
+            Ok(acquired) => self.run_command(acquired, args, work, events, call).await,
+            Err(failure) => Err(failure),
         };
-        // What was left is logged.
-        let shutdown = async { locks.shutdown().await.ok() };
-        if has_held {
-            shutdown.await;
+        if was_acquired {
+            // What was left is logged.
+            locks.shutdown().await.ok();
         } else {
-            // A server that is away would delay the end beyond --wait.
-            tokio::time::timeout(LEAVE_MAX, shutdown).await.ok();
+            // A server that is unreachable must not delay the end beyond --wait for long.
+            tokio::time::timeout(LEAVE_MAX, locks.shutdown()).await.ok();
         }
         code
     }
