@@ -66,6 +66,10 @@ pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
             "{FORM} with the path of a socket, at most {PATH_BYTES_MAX} bytes"
         ));
     }
+    if path.split('/').any(|segment| matches!(segment, "." | "..")) {
+        // The client library removes them, and with a symbolic link the rest is another path.
+        return Err(format!("{FORM} with a path without the segments . and .."));
+    }
     if let [.., letter, b':' | b'|'] = path.as_bytes()
         && letter.is_ascii_alphabetic()
     {

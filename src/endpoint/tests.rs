@@ -252,6 +252,8 @@ fn sockets_are_named_by_their_paths_and_log_in_by_the_query() {
         ("unix://", "three slashes"),
         ("unix:///", "the path of a socket"),
         ("unix:///run/", "the path of a socket"),
+        ("unix:///run/../s", "without the segments . and .."),
+        ("unix:///run/%2e/s", "without the segments . and .."),
         ("unix:///run/s:", "does not end like a drive"),
         ("unix:///s?db=x", "a database from 0"),
         ("unix:///s?user=u", "pass if user is given"),
