@@ -46,7 +46,7 @@ pub(super) struct Acquiring {
     pub(super) kind: AcquireKind,
     /// The cycle that the same request releases.
     pub(super) releases: Option<Cycle>,
-    /// Whether that release has to be repeated.
+    /// Whether that release has to be repeated, after its reply.
     pub(super) in_doubt: bool,
     /// A grant that overtook the reply.
     pub(super) early: Option<Grant>,

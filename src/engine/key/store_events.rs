@@ -175,7 +175,8 @@ impl<W> Queue<W> {
 
     /// A grant was pushed.
     ///
-    /// 1. Its cycle must be the current one. If not, the granted cycle is released.
+    /// 1. Its cycle must be the current one. If not, the granted cycle is released; if the request
+    ///    in flight releases it already, once more after the reply.
     /// 2. Its tokens must be above the enqueue mark of the last "queued" reply. If not, it is an
     ///    old grant that has expired. A grant that overtakes the reply is kept until the reply
     ///    arrives.
@@ -201,6 +202,10 @@ impl<W> Queue<W> {
             Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.retry_acquire(&mut effects),
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
+            Phase::Acquiring(acquiring) if acquiring.releases == Some(grant.cycle) => {
+                effects.rare().stale_grant = true;
+                acquiring.in_doubt = true;
+            }
             _ => {
                 effects.rare().stale_grant = true;
                 effects.abandon(grant.cycle);
@@ -220,6 +225,7 @@ impl<W> Queue<W> {
             Phase::Acquiring(acquiring) if acquiring.cycle == cycle => acquiring.missed_pushes = true,
             Phase::Held(held) if held.lease.cycle == cycle => {}
             Phase::Releasing { cycle: current, .. } if *current == cycle => {}
+            Phase::Acquiring(acquiring) if acquiring.releases == Some(cycle) => acquiring.in_doubt = true,
             _ => effects.abandon(cycle),
         }
         effects

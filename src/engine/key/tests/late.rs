@@ -103,6 +103,28 @@ fn late_events_of_an_old_cycle_do_not_affect_a_release_that_requeues() {
     assert_eq!(bench.guard(other).token.get(), 12);
 }
 
+/// A late push for the cycle that the request in flight releases. A second release, sent at once,
+/// could overtake that request, whose guard would report that its lease was lost. The push may also
+/// stand for a lease that was taken since, so the release is repeated after its reply.
+#[test]
+fn late_push_for_a_cycle_that_is_requeued_repeats_its_release_after_the_reply() {
+    let pushes: [fn(&mut Bench, Cycle) -> Seen; 2] = [
+        |bench, cycle| bench.grant(grant(cycle, 500, 563)),
+        |bench, cycle| bench.your_turn(cycle),
+    ];
+    for push in pushes {
+        let mut bench = Bench::new();
+        bench.rules.max_burst = 1;
+        let (id, cycle) = bench.join_store_queue(10);
+        bench.enqueue(1);
+        bench.grant(grant(cycle, 11, 11));
+        let guard = bench.guard(id);
+        let sent = bench.release_held(&guard);
+        assert_eq!(push(&mut bench, cycle), NOTHING);
+        bench.assert_repeated(&sent, Some(queued(20)));
+    }
+}
+
 #[test]
 fn late_events_of_an_old_cycle_do_not_affect_a_queued_cycle() {
     let mut bench = Bench::new();
