@@ -118,12 +118,13 @@ impl<W> Group<W> {
         let held = lane.queue.lease().map(|(lease, _)| (lease.cycle, lease.valid_until()));
         let Some(hold) = lane.hold else { return };
         match held {
-            Some((cycle, until)) if cycle == hold.cycle => {
+            Some((cycle, until)) => {
+                debug_assert_eq!(cycle, hold.cycle, "the lane holds a lease that nobody took");
                 let ttl = lane.queue.ttl();
                 let guards = self.guards.iter().filter(|guard| guard.cycle == cycle);
                 guards.for_each(|guard| guard.lease.extend(until, ttl));
             }
-            _ => {
+            None => {
                 lane.hold = None;
                 effects.abandon(hold.cycle);
                 let lost: Vec<Guard> = self.guards.extract_if(.., |guard| guard.cycle == hold.cycle).collect();
@@ -159,4 +160,27 @@ impl<W> Group<W> {
 fn share_of_turn(waiting: usize, weight: u16, limit: u16) -> u32 {
     let lanes = usize::from(limit / weight.max(1)).clamp(1, CLAIMS_MAX);
     u32::try_from(waiting.div_ceil(lanes)).unwrap_or(u32::MAX).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_of_permits_share_the_line() {
+        for (waiting, weight, limit, share) in [
+            (10, 1, 2, 5),
+            (11, 1, 2, 6),
+            (10, 2, 2, 10),
+            (10, 2, 5, 5),
+            (10, 0, 1, 10),
+            (0, 1, 2, 1),
+        ] {
+            assert_eq!(
+                share_of_turn(waiting, weight, limit),
+                share,
+                "{waiting} for {weight} of {limit}"
+            );
+        }
+    }
 }

@@ -135,8 +135,7 @@ impl<W> Group<W> {
     }
 
     pub(super) fn is_evictable(&self) -> bool {
-        let is_free = self.waiters.is_empty() && self.guards.is_empty() && !self.lanes.is_empty();
-        is_free && self.lanes.iter().all(|lane| lane.queue.is_evictable())
+        !self.lanes.is_empty() && self.lanes.iter().all(|lane| lane.queue.is_evictable())
     }
 
     /// The leases of the guards, with their tokens.

@@ -233,10 +233,11 @@ impl<W> Group<W> {
         }
         let is_free = |lane: &Lane| lane.mode == options.mode && lane.claim.is_none() && lane.hold.is_none();
         let index = self.lanes.iter().position(is_free).unwrap_or_else(|| {
+            let index = self.lanes.len();
             let mut lane = Lane::new(options.mode);
             lane.queue.keeps_nothing = self.keeps_nothing;
             self.lanes.push(lane);
-            self.lanes.len() - 1
+            index
         });
         self.claim_in(index, options, since, cx, effects);
         true

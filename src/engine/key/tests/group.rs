@@ -80,10 +80,10 @@ const BEGINNINGS: [&[Step]; 3] = [
 ];
 
 /// A group and the state of its environment. The store grants whatever it is asked for.
-pub(super) struct Few {
-    pub(super) group: Contender<u32>,
+pub(super) struct GroupBench {
+    pub(super) key: Contender<u32>,
     modes: [LockMode; 2],
-    rules: Rules,
+    pub(super) rules: Rules,
     cycles: Cycles,
     min_holds: MinHolds,
     pub(super) now: Moment,
@@ -96,10 +96,10 @@ pub(super) struct Few {
     closed: bool,
 }
 
-impl Few {
+impl GroupBench {
     pub(super) fn new(modes: [LockMode; 2]) -> Self {
         Self {
-            group: Contender::new(modes[0]),
+            key: Contender::new(modes[0]),
             modes,
             rules: Bench::new().rules,
             cycles: Cycles::default(),
@@ -124,7 +124,7 @@ impl Few {
             min_holds: &self.min_holds,
             epoch: 0,
         };
-        let (result, effects) = event(&mut self.group, cx);
+        let (result, effects) = event(&mut self.key, cx);
         let more = effects.rare.map(|rare| rare.more_requests).unwrap_or_default();
         self.in_flight.extend(effects.request.into_iter().chain(more));
         result
@@ -163,7 +163,7 @@ impl Few {
                 self.event(|group, cx| ((), group.give_up(id, cx)));
             }
             Step::Collect(task) => {
-                let Some(outcome) = self.waiting[task].and_then(|id| self.group.collect(id)) else {
+                let Some(outcome) = self.waiting[task].and_then(|id| self.key.collect(id)) else {
                     return false;
                 };
                 self.waiting[task] = None;
@@ -237,7 +237,7 @@ impl Few {
             Request::Acquire { tokens, .. } | Request::Release { tokens, .. } => u64::from(tokens),
         };
         let (first, last) = (self.counter + 1, self.counter + tokens);
-        let is_extension = self.group.has_lease_of(cycle);
+        let is_extension = self.key.has_lease_of(cycle);
         let reply = match step {
             Step::Granted(_) if is_extension => extended(first, last),
             Step::Granted(_) => granted(first, last),
@@ -302,8 +302,8 @@ impl Few {
             .min()
             .unwrap_or(u32::MAX);
         assert!(in_use <= limit, "{in_use} permits of {limit} are in use");
-        for id in self.waiting.iter().flatten().filter(|&&id| !self.group.is_settled(id)) {
-            let goes_on = !self.in_flight.is_empty() || self.group.next_deadline().is_some();
+        for id in self.waiting.iter().flatten().filter(|&&id| !self.key.is_settled(id)) {
+            let goes_on = !self.in_flight.is_empty() || self.key.next_deadline().is_some();
             assert!(goes_on, "nothing serves {id:?}");
         }
         if self.closed {
@@ -322,30 +322,30 @@ impl Few {
                 break;
             }
         }
-        assert!(self.group.is_unused(), "something is left: {:?}", self.group);
+        assert!(self.key.is_unused(), "something is left: {:?}", self.key);
     }
 }
 
 /// Replays the steps. Returns `None` if the last one makes no sense.
-fn replay(modes: [LockMode; 2], steps: &[Step]) -> Option<Few> {
-    let mut few = Few::new(modes);
+fn replay(modes: [LockMode; 2], steps: &[Step]) -> Option<GroupBench> {
+    let mut bench = GroupBench::new(modes);
     for &step in steps {
-        if !few.step(step) {
+        if !bench.step(step) {
             return None;
         }
-        few.check();
+        bench.check();
     }
-    Some(few)
+    Some(bench)
 }
 
 fn explore(modes: [LockMode; 2], steps: &mut Vec<Step>, depth: usize, runs: &mut u64) {
     for step in STEPS {
         steps.push(step);
         let made = std::panic::catch_unwind(|| {
-            let few = replay(modes, steps);
-            let makes_sense = few.is_some();
-            if let Some(mut few) = few {
-                few.check_end();
+            let bench = replay(modes, steps);
+            let makes_sense = bench.is_some();
+            if let Some(mut bench) = bench {
+                bench.check_end();
             }
             makes_sense
         });
@@ -375,77 +375,80 @@ fn invariants_of_a_group_hold_after_every_short_run_of_events() {
 /// Readers share a lease, each with a token of its own, and the last one releases it.
 #[test]
 fn last_of_the_shared_guards_releases_the_lease() {
-    let mut few = Few::new([LockMode::Shared; 2]);
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
     for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0), Step::Want(1)] {
-        assert!(few.step(step));
+        assert!(bench.step(step));
     }
-    assert_eq!(few.in_flight, [], "the second joins without a request");
-    assert!(few.step(Step::Collect(1)) && few.step(Step::Release(0)));
-    assert_eq!(few.in_flight, []);
+    assert_eq!(bench.in_flight, [], "the second joins without a request");
+    assert!(bench.step(Step::Collect(1)) && bench.step(Step::Release(0)));
+    assert_eq!(bench.in_flight, []);
     assert!(
-        few.guards[1]
+        bench.guards[1]
             .as_ref()
-            .is_some_and(|guard| guard.lease.loss_at(few.now).is_none())
+            .is_some_and(|guard| guard.lease.loss_at(bench.now).is_none())
     );
-    assert!(few.step(Step::Release(1)));
+    assert!(bench.step(Step::Release(1)));
     assert!(
-        matches!(few.in_flight[..], [Request::Release { requeue: None, .. }]),
+        matches!(bench.in_flight[..], [Request::Release { requeue: None, .. }]),
         "{:?}",
-        few.in_flight
+        bench.in_flight
     );
-    few.check_end();
+    bench.check_end();
 }
 
 /// A permit passes to the next task that wants as many, without a request.
 #[test]
 fn permit_passes_to_the_next_task_that_requests_as_many() {
-    let mut few = Few::new([permits(1, 1); 2]);
+    let mut bench = GroupBench::new([permits(1, 1); 2]);
     for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0), Step::Want(1)] {
-        assert!(few.step(step));
+        assert!(bench.step(step));
     }
-    assert_eq!(few.in_flight, [], "the process has all permits that it may have");
-    assert!(few.step(Step::Release(0)));
+    assert_eq!(bench.in_flight, [], "the process has all permits that it may have");
+    assert!(bench.step(Step::Release(0)));
     // The lease came with a token for one task, so the next one needs more.
     assert!(matches!(
-        few.in_flight[..],
+        bench.in_flight[..],
         [Request::Acquire {
             kind: AcquireKind::Extend,
             ..
         }]
     ));
-    assert!(few.step(Step::Granted(Oldest)) && few.step(Step::Collect(1)));
-    assert!(few.guards[1].is_some());
-    assert!(few.step(Step::Release(1)));
-    few.check_end();
+    assert!(bench.step(Step::Granted(Oldest)) && bench.step(Step::Collect(1)));
+    assert!(bench.guards[1].is_some());
+    assert!(bench.step(Step::Release(1)));
+    bench.check_end();
 }
 
 /// While no other manager waits, a reader joins those that read already. Once one waits, readers
 /// that come later wait for the next turn, behind it.
 #[test]
 fn reader_that_comes_after_a_turn_began_waits_for_the_next_one() {
-    let mut few = Few::new([LockMode::Shared; 2]);
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
     for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0), Step::Wanted] {
-        assert!(few.step(step));
+        assert!(bench.step(step));
     }
-    assert!(few.step(Step::Want(1)) && !few.step(Step::Collect(1)));
+    assert!(bench.step(Step::Want(1)) && !bench.step(Step::Collect(1)));
     let trial = WaiterOptions {
         mode: LockMode::Shared,
         try_only: true,
         ..OPTIONS
     };
-    let trial = few.event(|group, cx| group.enqueue(trial, Some(9), cx));
-    assert!(matches!(few.group.collect(trial), Some(Outcome::Busy)));
-    assert!(few.step(Step::Release(0)));
-    assert!(matches!(few.in_flight[..], [Request::Release { requeue: Some(_), .. }]));
-    assert!(few.step(Step::Queued(Oldest)) && few.step(Step::Pushed));
-    assert!(few.step(Step::Collect(1)) && few.guards[1].is_some());
-    few.check_end();
+    let trial = bench.event(|group, cx| group.enqueue(trial, Some(9), cx));
+    assert!(matches!(bench.key.collect(trial), Some(Outcome::Busy)));
+    assert!(bench.step(Step::Release(0)));
+    assert!(matches!(
+        bench.in_flight[..],
+        [Request::Release { requeue: Some(_), .. }]
+    ));
+    assert!(bench.step(Step::Queued(Oldest)) && bench.step(Step::Pushed));
+    assert!(bench.step(Step::Collect(1)) && bench.guards[1].is_some());
+    bench.check_end();
 }
 
 /// The turn of a lease of permits serves the tasks that waited when it began, too.
 #[test]
 fn permit_passes_to_the_tasks_that_waited_when_the_turn_began() {
-    let mut few = Few::new([permits(1, 1); 2]);
+    let mut bench = GroupBench::new([permits(1, 1); 2]);
     for step in [
         Step::Want(0),
         Step::Granted(Oldest),
@@ -454,32 +457,32 @@ fn permit_passes_to_the_tasks_that_waited_when_the_turn_began() {
         Step::Wanted,
         Step::Release(0),
     ] {
-        assert!(few.step(step));
+        assert!(bench.step(step));
     }
-    let cycle = few.in_flight[0].cycle();
-    assert!(few.step(Step::Granted(Oldest)) && few.step(Step::Collect(1)));
-    assert_eq!(few.guards[1].as_ref().map(|guard| guard.lease.cycle), Some(cycle));
-    assert!(few.step(Step::Want(0)) && few.step(Step::Release(1)));
+    let cycle = bench.in_flight[0].cycle();
+    assert!(bench.step(Step::Granted(Oldest)) && bench.step(Step::Collect(1)));
+    assert_eq!(bench.guards[1].as_ref().map(|guard| guard.lease.cycle), Some(cycle));
+    assert!(bench.step(Step::Want(0)) && bench.step(Step::Release(1)));
     let [
         Request::Release {
             cycle: released,
             requeue: Some(next),
             ..
         },
-    ] = few.in_flight[..]
+    ] = bench.in_flight[..]
     else {
-        panic!("{:?}", few.in_flight)
+        panic!("{:?}", bench.in_flight)
     };
     assert!(released == cycle && next > cycle);
-    assert!(few.step(Step::Queued(Oldest)) && few.step(Step::Pushed) && few.step(Step::Collect(0)));
-    few.check_end();
+    assert!(bench.step(Step::Queued(Oldest)) && bench.step(Step::Pushed) && bench.step(Step::Collect(0)));
+    bench.check_end();
 }
 
 /// The task already waits in the store's queue, with a claim in another lane. It needs no place at
 /// the tail.
 #[test]
 fn lease_whose_turn_is_over_is_released_if_all_tasks_have_claims() {
-    let mut few = Few::new([permits(1, 2); 2]);
+    let mut bench = GroupBench::new([permits(1, 2); 2]);
     for step in [
         Step::Want(0),
         Step::Granted(Oldest),
@@ -489,19 +492,19 @@ fn lease_whose_turn_is_over_is_released_if_all_tasks_have_claims() {
         Step::Queued(Oldest),
         Step::Release(0),
     ] {
-        assert!(few.step(step), "{step:?}");
+        assert!(bench.step(step), "{step:?}");
     }
-    assert!(matches!(few.in_flight[..], [Request::Release { requeue: None, .. }]));
-    assert!(few.step(Step::Pushed) && few.step(Step::Collect(1)));
-    assert!(few.guards[1].is_some());
-    few.check_end();
+    assert!(matches!(bench.in_flight[..], [Request::Release { requeue: None, .. }]));
+    assert!(bench.step(Step::Pushed) && bench.step(Step::Collect(1)));
+    assert!(bench.guards[1].is_some());
+    bench.check_end();
 }
 
 /// A task gave up, so there is a claim too many. The one that joined the store's queue last is
 /// given up, in whichever lane it is: another task depends on the place of the first.
 #[test]
 fn latest_claim_is_given_up_if_there_are_too_many() {
-    let mut few = Few::new([permits(1, 2); 2]);
+    let mut bench = GroupBench::new([permits(1, 2); 2]);
     for step in [
         Step::Want(0),
         Step::Granted(Oldest),
@@ -510,37 +513,37 @@ fn latest_claim_is_given_up_if_there_are_too_many() {
         Step::Want(1),
         Step::Queued(Oldest),
     ] {
-        assert!(few.step(step), "{step:?}");
+        assert!(bench.step(step), "{step:?}");
     }
     let third = WaiterOptions {
         mode: permits(1, 2),
         ..OPTIONS
     };
-    let third = few.event(|group, cx| group.enqueue(third, Some(9), cx));
-    assert!(few.step(Step::Release(0)));
+    let third = bench.event(|group, cx| group.enqueue(third, Some(9), cx));
+    assert!(bench.step(Step::Release(0)));
     let [
         Request::Release {
             requeue: Some(next), ..
         },
-    ] = few.in_flight[..]
+    ] = bench.in_flight[..]
     else {
-        panic!("{:?}", few.in_flight)
+        panic!("{:?}", bench.in_flight)
     };
-    assert!(few.queued[0] < next);
-    few.event(|group, cx| ((), group.give_up(third, cx)));
-    assert!(few.step(Step::Queued(Oldest)));
-    assert!(matches!(few.in_flight[..], [Request::Release { cycle, requeue: None, .. }] if cycle == next));
-    assert_eq!(few.queued.pop(), Some(next));
-    assert!(few.step(Step::Pushed) && few.step(Step::Collect(1)));
-    assert!(few.guards[1].is_some());
-    few.check_end();
+    assert!(bench.queued[0] < next);
+    bench.event(|group, cx| ((), group.give_up(third, cx)));
+    assert!(bench.step(Step::Queued(Oldest)));
+    assert!(matches!(bench.in_flight[..], [Request::Release { cycle, requeue: None, .. }] if cycle == next));
+    assert_eq!(bench.queued.pop(), Some(next));
+    assert!(bench.step(Step::Pushed) && bench.step(Step::Collect(1)));
+    assert!(bench.guards[1].is_some());
+    bench.check_end();
 }
 
 /// A claim that waits for an extension is of a turn that includes the task it was made for. If that
 /// task is served by another lane, a task that came later must not take its place in the turn.
 #[test]
 fn claim_of_a_turn_serves_no_task_that_came_later() {
-    let mut few = Few::new([permits(1, 2); 2]);
+    let mut bench = GroupBench::new([permits(1, 2); 2]);
     for step in [
         Step::Want(0),
         Step::Granted(Oldest),
@@ -548,63 +551,63 @@ fn claim_of_a_turn_serves_no_task_that_came_later() {
         Step::Want(1),
         Step::Queued(Oldest),
     ] {
-        assert!(few.step(step), "{step:?}");
+        assert!(bench.step(step), "{step:?}");
     }
     let options = WaiterOptions {
         mode: permits(1, 2),
         ..OPTIONS
     };
-    let [included, gives_up] = [7, 8].map(|waker| few.event(|group, cx| group.enqueue(options, Some(waker), cx)));
+    let [included, gives_up] = [7, 8].map(|waker| bench.event(|group, cx| group.enqueue(options, Some(waker), cx)));
     // The turns of both leases begin. The second has a token to spare.
-    assert!(few.step(Step::Wanted) && few.step(Step::Pushed) && few.step(Step::Collect(1)));
-    few.event(|group, cx| ((), group.give_up(gives_up, cx)));
-    let cycles = [0, 1].map(|task| few.guards[task].as_ref().unwrap().lease.cycle);
-    assert!(few.step(Step::Release(0)));
-    assert!(matches!(few.in_flight[..], [Request::Acquire { cycle, .. }] if cycle == cycles[0]));
-    let newcomer = few.event(|group, cx| group.enqueue(options, Some(9), cx));
-    assert!(few.step(Step::Release(1)));
-    assert!(few.group.is_settled(included), "the other lane has a token");
-    assert!(few.step(Step::Granted(Oldest)));
-    assert!(!few.group.is_settled(newcomer));
+    assert!(bench.step(Step::Wanted) && bench.step(Step::Pushed) && bench.step(Step::Collect(1)));
+    bench.event(|group, cx| ((), group.give_up(gives_up, cx)));
+    let cycles = [0, 1].map(|task| bench.guards[task].as_ref().unwrap().lease.cycle);
+    assert!(bench.step(Step::Release(0)));
+    assert!(matches!(bench.in_flight[..], [Request::Acquire { cycle, .. }] if cycle == cycles[0]));
+    let newcomer = bench.event(|group, cx| group.enqueue(options, Some(9), cx));
+    assert!(bench.step(Step::Release(1)));
+    assert!(bench.key.is_settled(included), "the other lane has a token");
+    assert!(bench.step(Step::Granted(Oldest)));
+    assert!(!bench.key.is_settled(newcomer));
     let is_requeued =
         |request: &Request| matches!(*request, Request::Release { cycle, requeue: Some(_), .. } if cycle == cycles[0]);
-    assert!(few.in_flight.iter().any(is_requeued), "{:?}", few.in_flight);
-    assert!(few.step(Step::Queued(Oldest)) && few.step(Step::Pushed));
+    assert!(bench.in_flight.iter().any(is_requeued), "{:?}", bench.in_flight);
+    assert!(bench.step(Step::Queued(Oldest)) && bench.step(Step::Pushed));
     for id in [included, newcomer] {
-        let Some(Outcome::Granted(guard)) = few.group.collect(id) else {
+        let Some(Outcome::Granted(guard)) = bench.key.collect(id) else {
             panic!("no guard")
         };
-        few.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
+        bench.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
     }
-    few.check_end();
+    bench.check_end();
 }
 
-/// A process with few leases would otherwise have longer turns than one with many.
+/// A process with bench leases would otherwise have longer turns than one with many.
 #[test]
 fn turn_of_a_permit_serves_its_share_of_the_waiters() {
     for (limit, waiting, served) in [(1, 3, 3), (2, 6, 3), (2, 5, 3), (4, 6, 2), (10, 6, 1), (1_000, 16, 2)] {
         let mode = permits(1, limit);
-        let mut few = Few::new([mode; 2]);
+        let mut bench = GroupBench::new([mode; 2]);
         for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0)] {
-            assert!(few.step(step));
+            assert!(bench.step(step));
         }
         let options = WaiterOptions { mode, ..OPTIONS };
-        let ask = |_| few.event(|group, cx| group.enqueue(options, Some(9), cx));
+        let ask = |_| bench.event(|group, cx| group.enqueue(options, Some(9), cx));
         let waiting: Vec<_> = (0..waiting).map(ask).collect();
         // Other processes have the other permits.
-        while few.step(Step::Queued(Oldest)) {}
-        assert!(few.step(Step::Wanted) && few.step(Step::Release(0)));
+        while bench.step(Step::Queued(Oldest)) {}
+        assert!(bench.step(Step::Wanted) && bench.step(Step::Release(0)));
         let mut in_turn = 0;
         for id in waiting {
             // The tokens may be used up.
-            if let Some(Request::Acquire { .. }) = few.in_flight.first() {
-                assert!(few.step(Step::Granted(Oldest)));
+            if let Some(Request::Acquire { .. }) = bench.in_flight.first() {
+                assert!(bench.step(Step::Granted(Oldest)));
             }
-            let Some(Outcome::Granted(guard)) = few.group.collect(id) else {
+            let Some(Outcome::Granted(guard)) = bench.key.collect(id) else {
                 break;
             };
             in_turn += 1;
-            few.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
+            bench.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
         }
         assert_eq!(in_turn, served, "a limit of {limit}");
     }

@@ -1,6 +1,6 @@
 //! Rules of shared locks and permits, one test each.
 
-use super::group::{End, Few, Step, permits};
+use super::group::{End, GroupBench, Step, permits};
 use super::*;
 
 const SHARED: WaiterOptions = WaiterOptions {
@@ -8,13 +8,13 @@ const SHARED: WaiterOptions = WaiterOptions {
     ..OPTIONS
 };
 
-fn want(few: &mut Few, options: WaiterOptions) -> WaiterId {
-    few.event(|key, cx| key.enqueue(options, Some(7), cx))
+fn want(bench: &mut GroupBench, options: WaiterOptions) -> WaiterId {
+    bench.event(|key, cx| key.enqueue(options, Some(7), cx))
 }
 
 #[track_caller]
-fn guard(few: &mut Few, id: WaiterId) -> Granted {
-    match few.group.collect(id) {
+fn guard(bench: &mut GroupBench, id: WaiterId) -> Granted {
+    match bench.key.collect(id) {
         Some(Outcome::Granted(granted)) => granted,
         outcome => panic!("expected a guard, got {outcome:?}"),
     }
@@ -22,35 +22,38 @@ fn guard(few: &mut Few, id: WaiterId) -> Granted {
 
 /// A guard of the first request, with `options`.
 #[track_caller]
-fn first_guard(few: &mut Few, options: WaiterOptions) -> Granted {
-    let id = want(few, options);
-    assert!(few.step(Step::Granted(End::Oldest)));
-    guard(few, id)
+fn first_guard(bench: &mut GroupBench, options: WaiterOptions) -> Granted {
+    let id = want(bench, options);
+    assert!(bench.step(Step::Granted(End::Oldest)));
+    guard(bench, id)
 }
 
 /// Whether a try in this mode is refused at once.
-fn is_busy(few: &mut Few, mode: LockMode) -> bool {
+fn is_busy(bench: &mut GroupBench, mode: LockMode) -> bool {
     let id = want(
-        few,
+        bench,
         WaiterOptions {
             mode,
             try_only: true,
             ..OPTIONS
         },
     );
-    let outcome = few.group.collect(id);
+    let outcome = bench.key.collect(id);
     let is_busy = matches!(outcome, Some(Outcome::Busy));
     if outcome.is_none() {
-        few.event(|key, cx| ((), key.give_up(id, cx)));
+        bench.event(|key, cx| ((), key.give_up(id, cx)));
     } else if let Some(Outcome::Granted(granted)) = outcome {
-        few.event(|key, cx| key.released(granted.lease.cycle, granted.token, cx));
+        bench.event(|key, cx| key.released(granted.lease.cycle, granted.token, cx));
     }
     is_busy
 }
 
 /// The losses that an event reported to guards.
-fn lost_by(few: &mut Few, event: impl FnOnce(&mut Contender<u32>, Context<'_>) -> Effects<u32>) -> Vec<LossReason> {
-    few.event(|key, cx| {
+fn lost_by(
+    bench: &mut GroupBench,
+    event: impl FnOnce(&mut Contender<u32>, Context<'_>) -> Effects<u32>,
+) -> Vec<LossReason> {
+    bench.event(|key, cx| {
         let effects = event(key, cx);
         (
             effects.rare.as_ref().map(|rare| rare.lost.clone()).unwrap_or_default(),
@@ -61,82 +64,141 @@ fn lost_by(few: &mut Few, event: impl FnOnce(&mut Contender<u32>, Context<'_>) -
 
 #[test]
 fn try_shares_a_lease_and_passes_no_waiter() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    assert!(!is_busy(&mut few, LockMode::Shared), "nobody has the key");
-    let mut few = Few::new([LockMode::Shared; 2]);
-    let _first = first_guard(&mut few, SHARED);
-    assert!(!is_busy(&mut few, LockMode::Shared), "the lease is shared");
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    assert!(!is_busy(&mut bench, LockMode::Shared), "nobody has the key");
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let _first = first_guard(&mut bench, SHARED);
+    assert!(!is_busy(&mut bench, LockMode::Shared), "the lease is shared");
 
-    let mut few = Few::new([LockMode::Shared; 2]);
-    want(&mut few, SHARED);
-    assert!(is_busy(&mut few, LockMode::Shared), "a task waits");
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    want(&mut bench, SHARED);
+    assert!(is_busy(&mut bench, LockMode::Shared), "a task waits");
+}
+
+#[test]
+fn try_does_not_wait_for_a_request_that_nobody_needs_any_more() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let id = want(&mut bench, SHARED);
+    bench.event(|key, cx| ((), key.give_up(id, cx)));
+    assert!(!bench.in_flight.is_empty());
+    assert!(is_busy(&mut bench, LockMode::Shared));
+}
+
+/// Another manager waits, and the turn has served its share: a try would have to wait as well.
+#[test]
+fn try_does_not_join_a_turn_that_is_over() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    bench.rules.max_burst = 1;
+    let first = first_guard(&mut bench, SHARED);
+    bench.event(|key, cx| ((), key.on_event(first.lease.cycle, StoreEvent::RemoteWaiter, cx)));
+    assert!(is_busy(&mut bench, LockMode::Shared));
+}
+
+#[test]
+fn lock_counts_as_joined_only_if_its_task_did_not_wait() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let waits = [(); 2].map(|()| want(&mut bench, SHARED));
+    assert!(bench.step(Step::Granted(End::Oldest)));
+    let paths = waits.map(|id| guard(&mut bench, id).path);
+    assert_eq!(paths, [Path::Uncontended, Path::LocalHandOff]);
+    let late = want(&mut bench, SHARED);
+    assert_eq!(guard(&mut bench, late).path, Path::Joined);
+}
+
+#[test]
+fn every_hold_of_a_lane_is_reported() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let guards = [first_guard(&mut bench, SHARED), {
+        let id = want(&mut bench, SHARED);
+        guard(&mut bench, id)
+    }];
+    let served = guards.map(|guard| {
+        bench.event(|key, cx| {
+            let (_, effects) = key.released(guard.lease.cycle, guard.token, cx);
+            (effects.served, effects)
+        })
+    });
+    assert_eq!(served, [None, Some(2)], "the second one ends the hold");
+}
+
+/// The failure of a release concerns no task that comes later.
+#[test]
+fn failed_release_refuses_no_later_task() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let first = first_guard(&mut bench, SHARED);
+    bench.event(|key, cx| key.released(first.lease.cycle, first.token, cx));
+    assert!(bench.step(Step::Failed(End::Oldest)));
+    assert!(bench.key.outage().is_none());
+    let in_outage = InOutage::Fail;
+    let id = want(&mut bench, WaiterOptions { in_outage, ..SHARED });
+    assert!(!bench.key.is_settled(id));
 }
 
 #[test]
 fn try_takes_no_more_permits_than_there_are() {
     let mode = permits(1, 2);
-    let mut few = Few::new([mode; 2]);
-    let _first = first_guard(&mut few, WaiterOptions { mode, ..OPTIONS });
-    assert!(!is_busy(&mut few, mode), "one of two permits is in use");
+    let mut bench = GroupBench::new([mode; 2]);
+    let _first = first_guard(&mut bench, WaiterOptions { mode, ..OPTIONS });
+    assert!(!is_busy(&mut bench, mode), "one of two permits is in use");
 
-    let mut few = Few::new([mode; 2]);
-    let _guards = [(); 2].map(|()| first_guard(&mut few, WaiterOptions { mode, ..OPTIONS }));
-    assert!(is_busy(&mut few, mode), "both permits are in use");
-    let mut few = Few::new([permits(2, 2); 2]);
+    let mut bench = GroupBench::new([mode; 2]);
+    let _guards = [(); 2].map(|()| first_guard(&mut bench, WaiterOptions { mode, ..OPTIONS }));
+    assert!(is_busy(&mut bench, mode), "both permits are in use");
+    let mut bench = GroupBench::new([permits(2, 2); 2]);
     let mode = permits(2, 2);
-    let _guard = first_guard(&mut few, WaiterOptions { mode, ..OPTIONS });
-    assert!(is_busy(&mut few, permits(1, 2)), "one task has both");
+    let _guard = first_guard(&mut bench, WaiterOptions { mode, ..OPTIONS });
+    assert!(is_busy(&mut bench, permits(1, 2)), "one task has both");
 }
 
 #[test]
 fn lease_that_lingers_serves_a_try() {
-    let mut few = Few::new([LockMode::Shared; 2]);
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
     let linger = Linger::of_millis(400);
-    let first = first_guard(&mut few, WaiterOptions { linger, ..SHARED });
-    few.event(|key, cx| key.released(first.lease.cycle, first.token, cx));
-    assert!(few.group.lingers_until().is_some());
-    assert!(!is_busy(&mut few, LockMode::Shared));
+    let first = first_guard(&mut bench, WaiterOptions { linger, ..SHARED });
+    bench.event(|key, cx| key.released(first.lease.cycle, first.token, cx));
+    assert!(bench.key.lingers_until().is_some());
+    assert!(!is_busy(&mut bench, LockMode::Shared));
 }
 
 #[test]
 fn max_hold_of_a_shared_guard_ends_that_guard_alone() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    let first = first_guard(&mut few, SHARED);
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let first = first_guard(&mut bench, SHARED);
     let id = want(
-        &mut few,
+        &mut bench,
         WaiterOptions {
             max_hold: Some(ms(50)),
             ..SHARED
         },
     );
-    let second = guard(&mut few, id);
-    let until = few.now + ms(50);
-    assert_eq!(few.group.next_deadline(), Some(until));
-    few.now = at(until.as_nanos() / 1_000_000 - 1);
-    assert_eq!(lost_by(&mut few, Contender::tick), []);
-    few.now = until;
-    assert_eq!(lost_by(&mut few, Contender::tick), [LossReason::MaxHold]);
+    let second = guard(&mut bench, id);
+    let until = bench.now + ms(50);
+    assert_eq!(bench.key.next_deadline(), Some(until));
+    bench.now = at(until.as_nanos() / 1_000_000 - 1);
+    assert_eq!(lost_by(&mut bench, Contender::tick), []);
+    bench.now = until;
+    assert_eq!(lost_by(&mut bench, Contender::tick), [LossReason::MaxHold]);
     assert_eq!(second.lease.loss(), Some(LossReason::MaxHold));
-    assert_eq!(first.lease.loss_at(few.now), None);
-    assert_eq!(few.group.guards().count(), 1);
+    assert_eq!(first.lease.loss_at(bench.now), None);
+    assert_eq!(bench.key.guards().count(), 1);
 }
 
 #[test]
 fn renewal_extends_the_lease_of_every_shared_guard() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    let guards = [first_guard(&mut few, SHARED), {
-        let id = want(&mut few, SHARED);
-        guard(&mut few, id)
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let guards = [first_guard(&mut bench, SHARED), {
+        let id = want(&mut bench, SHARED);
+        guard(&mut bench, id)
     }];
     let cycle = guards[0].lease.cycle;
-    few.now = few.now + ms(500);
-    let sent_at = few.now;
+    bench.now = bench.now + ms(500);
+    let sent_at = bench.now;
     let renewed = StoreEvent::RenewalReply {
         ttl: TTL,
         sent_at,
         reply: Some(RenewReply::Extended { has_waiters: false }),
     };
-    few.event(|key, cx| ((), key.on_event(cycle, renewed, cx)));
+    bench.event(|key, cx| ((), key.on_event(cycle, renewed, cx)));
     for guard in &guards {
         assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
     }
@@ -144,62 +206,62 @@ fn renewal_extends_the_lease_of_every_shared_guard() {
 
 #[test]
 fn waiters_bear_an_outage_for_as_long_as_they_may() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    assert_eq!((few.group.failed_attempts(), few.group.outage().is_some()), (0, false));
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    assert_eq!((bench.key.failed_attempts(), bench.key.outage().is_some()), (0, false));
     let options = |in_outage| WaiterOptions { in_outage, ..SHARED };
-    let brief = want(&mut few, options(InOutage::UntilStoreTimeout));
-    let own = want(&mut few, options(InOutage::UntilOwnLimit));
-    assert!(few.step(Step::Failed(End::Oldest)));
-    assert!(few.group.outage().is_some() && few.group.failed_attempts() == 1);
-    assert!(!few.group.is_settled(brief) && !few.group.is_settled(own));
+    let brief = want(&mut bench, options(InOutage::UntilStoreTimeout));
+    let own = want(&mut bench, options(InOutage::UntilOwnLimit));
+    assert!(bench.step(Step::Failed(End::Oldest)));
+    assert!(bench.key.outage().is_some() && bench.key.failed_attempts() == 1);
+    assert!(!bench.key.is_settled(brief) && !bench.key.is_settled(own));
 
     // The outage of this harness is borne for a TTL.
-    few.now = few.now + TTL + ms(20);
-    few.event(|key, cx| ((), key.tick(cx)));
-    assert!(matches!(few.group.collect(brief), Some(Outcome::Failed(_))));
-    assert!(!few.group.is_settled(own));
-    let refused = want(&mut few, options(InOutage::Fail));
-    assert!(matches!(few.group.collect(refused), Some(Outcome::Failed(_))));
+    bench.now = bench.now + TTL + ms(20);
+    bench.event(|key, cx| ((), key.tick(cx)));
+    assert!(matches!(bench.key.collect(brief), Some(Outcome::Failed(_))));
+    assert!(!bench.key.is_settled(own));
+    let refused = want(&mut bench, options(InOutage::Fail));
+    assert!(matches!(bench.key.collect(refused), Some(Outcome::Failed(_))));
 
-    assert!(few.step(Step::Granted(End::Oldest)));
-    assert!(matches!(few.group.collect(own), Some(Outcome::Granted(_))));
-    assert!(few.group.outage().is_none());
+    assert!(bench.step(Step::Granted(End::Oldest)));
+    assert!(matches!(bench.key.collect(own), Some(Outcome::Granted(_))));
+    assert!(bench.key.outage().is_none());
 }
 
 #[test]
 fn hint_of_remote_waiters_is_kept() {
     for contended_hint in [false, true] {
-        let mut few = Few::new([LockMode::Shared; 2]);
-        assert!(!few.group.remote_waiters_seen());
+        let mut bench = GroupBench::new([LockMode::Shared; 2]);
+        assert!(!bench.key.remote_waiters_seen());
         want(
-            &mut few,
+            &mut bench,
             WaiterOptions {
                 contended_hint,
                 ..SHARED
             },
         );
-        assert_eq!(few.group.remote_waiters_seen(), contended_hint);
+        assert_eq!(bench.key.remote_waiters_seen(), contended_hint);
     }
 }
 
 #[test]
 fn waker_is_the_one_that_was_set_last() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    let id = want(&mut few, SHARED);
-    assert_eq!(few.group.waker(id), Some(&7));
-    assert_eq!(few.group.set_waker(id, 8), Some(7));
-    assert_eq!(few.group.waker(id), Some(&8));
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let id = want(&mut bench, SHARED);
+    assert_eq!(bench.key.waker(id), Some(&7));
+    assert_eq!(bench.key.set_waker(id, 8), Some(7));
+    assert_eq!(bench.key.waker(id), Some(&8));
 }
 
 /// A grant from before the key's tokens that are already known is reported for metrics.
 #[test]
 fn stale_grant_of_a_lane_is_reported() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    want(&mut few, SHARED);
-    let cycle = few.in_flight[0].cycle();
-    assert!(few.step(Step::Queued(End::Oldest)));
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    want(&mut bench, SHARED);
+    let cycle = bench.in_flight[0].cycle();
+    assert!(bench.step(Step::Queued(End::Oldest)));
     let stale = StoreEvent::Grant(grant(cycle, 50, 60));
-    let is_stale = few.event(|key, cx| {
+    let is_stale = bench.event(|key, cx| {
         let effects = key.on_event(cycle, stale, cx);
         (effects.rare.as_ref().is_some_and(|rare| rare.stale_grant), effects)
     });
@@ -208,12 +270,12 @@ fn stale_grant_of_a_lane_is_reported() {
 
 #[test]
 fn what_arrives_for_a_cycle_that_is_over_releases_it() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    let guard = first_guard(&mut few, SHARED);
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let guard = first_guard(&mut bench, SHARED);
     let over = Cycle::of(1_000);
-    let now = few.now;
+    let now = bench.now;
     let mut abandoned_by = |cycle, event: StoreEvent<'_>| {
-        few.event(|key, cx| {
+        bench.event(|key, cx| {
             let effects = key.on_event(cycle, event, cx);
             (
                 effects
@@ -242,10 +304,10 @@ fn what_arrives_for_a_cycle_that_is_over_releases_it() {
 
 #[test]
 fn shared_lease_is_renewed_like_any_other() {
-    let mut few = Few::new([LockMode::Shared; 2]);
-    let guard = first_guard(&mut few, SHARED);
-    few.now = few.now + TTL / 2;
-    let renewal = few.event(|key, cx| (key.renewal(cx), Effects::none()));
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let guard = first_guard(&mut bench, SHARED);
+    bench.now = bench.now + TTL / 2;
+    let renewal = bench.event(|key, cx| (key.renewal(cx), Effects::none()));
     assert_eq!(
         renewal.map(|(cycle, ttl, _)| (cycle, ttl)),
         Some((guard.lease.cycle, TTL))

@@ -1,6 +1,6 @@
 //! What a key reports to those who drive it is the same for a queue and for a group.
 
-use super::group::{End, Few, Step, permits};
+use super::group::{End, GroupBench, Step, permits};
 use super::*;
 
 const LINGER: Linger = Linger::of_millis(400);
@@ -43,14 +43,14 @@ fn views(key: &Contender<u32>) -> Views {
 #[test]
 fn key_reports_each_state_in_every_mode() {
     for mode in [LockMode::Exclusive, LockMode::Shared, permits(1, 1)] {
-        let mut few = Few::new([mode; 2]);
+        let mut bench = GroupBench::new([mode; 2]);
         let is_exclusive = mode == LockMode::Exclusive;
-        assert_eq!(few.group.is_exclusive(), is_exclusive);
+        assert_eq!(bench.key.is_exclusive(), is_exclusive);
         let unused = Views {
             unused: true,
             ..Views::default()
         };
-        assert_eq!(views(&few.group), unused, "{mode:?}");
+        assert_eq!(views(&bench.key), unused, "{mode:?}");
 
         let (options, since) = (
             WaiterOptions {
@@ -58,10 +58,10 @@ fn key_reports_each_state_in_every_mode() {
                 linger: LINGER,
                 ..OPTIONS
             },
-            few.now,
+            bench.now,
         );
-        let id = few.event(|key, cx| key.enqueue(options, Some(0), cx));
-        let cycle = few.in_flight[0].cycle();
+        let id = bench.event(|key, cx| key.enqueue(options, Some(0), cx));
+        let cycle = bench.in_flight[0].cycle();
         // A lock that is asked for may be free, which a group does not count on.
         let waiting = Views {
             waiting: 1,
@@ -71,24 +71,24 @@ fn key_reports_each_state_in_every_mode() {
             contended: !is_exclusive,
             ..Views::default()
         };
-        assert_eq!(views(&few.group), waiting, "{mode:?}");
+        assert_eq!(views(&bench.key), waiting, "{mode:?}");
         assert!(
-            few.group.is_current(cycle) && !few.group.has_lease_of(cycle),
+            bench.key.is_current(cycle) && !bench.key.has_lease_of(cycle),
             "{mode:?}"
         );
-        assert!(!few.group.is_current(Cycle::of(cycle.number() + 2)), "{mode:?}");
+        assert!(!bench.key.is_current(Cycle::of(cycle.number() + 2)), "{mode:?}");
 
-        assert!(few.step(Step::Queued(End::Oldest)));
+        assert!(bench.step(Step::Queued(End::Oldest)));
         let queued = Views {
             queued: Some(cycle),
             awaits_store: false,
             contended: true,
             ..waiting
         };
-        assert_eq!(views(&few.group), queued, "{mode:?}");
+        assert_eq!(views(&bench.key), queued, "{mode:?}");
 
-        assert!(few.step(Step::Pushed));
-        let Some(Outcome::Granted(guard)) = few.group.collect(id) else {
+        assert!(bench.step(Step::Pushed));
+        let Some(Outcome::Granted(guard)) = bench.key.collect(id) else {
             panic!("{mode:?}: the guard was granted");
         };
         let held = Views {
@@ -98,39 +98,39 @@ fn key_reports_each_state_in_every_mode() {
             contended: is_exclusive,
             ..Views::default()
         };
-        assert_eq!(views(&few.group), held, "{mode:?}");
-        assert!(few.group.has_lease_of(cycle) && few.group.is_current(cycle), "{mode:?}");
+        assert_eq!(views(&bench.key), held, "{mode:?}");
+        assert!(bench.key.has_lease_of(cycle) && bench.key.is_current(cycle), "{mode:?}");
 
-        few.event(|key, cx| key.released(cycle, guard.token, cx));
-        few.step(Step::Granted(End::Oldest));
-        assert_eq!(views(&few.group), unused, "{mode:?}");
+        bench.event(|key, cx| key.released(cycle, guard.token, cx));
+        bench.step(Step::Granted(End::Oldest));
+        assert_eq!(views(&bench.key), unused, "{mode:?}");
 
         // A lease that was granted at once may linger.
-        let mut few = Few::new([mode; 2]);
-        let id = few.event(|key, cx| key.enqueue(options, Some(0), cx));
-        assert!(few.step(Step::Granted(End::Oldest)));
-        let Some(Outcome::Granted(guard)) = few.group.collect(id) else {
+        let mut bench = GroupBench::new([mode; 2]);
+        let id = bench.event(|key, cx| key.enqueue(options, Some(0), cx));
+        assert!(bench.step(Step::Granted(End::Oldest)));
+        let Some(Outcome::Granted(guard)) = bench.key.collect(id) else {
             panic!("{mode:?}: the guard was granted");
         };
-        few.event(|key, cx| key.released(guard.lease.cycle, guard.token, cx));
+        bench.event(|key, cx| key.released(guard.lease.cycle, guard.token, cx));
         let lingering = Views {
             guards: 0,
             contended: false,
-            lingers_until: views(&few.group).lingers_until,
+            lingers_until: views(&bench.key).lingers_until,
             evictable: true,
             ..held
         };
-        assert_eq!(views(&few.group), lingering, "{mode:?}");
-        assert!(lingering.lingers_until > Some(few.now), "{mode:?}");
+        assert_eq!(views(&bench.key), lingering, "{mode:?}");
+        assert!(lingering.lingers_until > Some(bench.now), "{mode:?}");
 
-        few.event(|key, cx| ((), key.evict(cx)));
+        bench.event(|key, cx| ((), key.evict(cx)));
         let evicted = Views {
             awaits_store: true,
             evictable: true,
             ..Views::default()
         };
-        assert_eq!(views(&few.group), evicted, "{mode:?}");
-        few.step(Step::Granted(End::Oldest));
-        assert_eq!(views(&few.group), unused, "{mode:?}");
+        assert_eq!(views(&bench.key), evicted, "{mode:?}");
+        bench.step(Step::Granted(End::Oldest));
+        assert_eq!(views(&bench.key), unused, "{mode:?}");
     }
 }
