@@ -27,6 +27,8 @@ pub(super) struct Ledger {
     pub(super) turns: BTreeMap<(usize, usize, Cycle), Turn>,
     /// When the first guard of a cycle was granted.
     pub(super) first_granted: BTreeMap<(usize, usize, Cycle), Nanos>,
+    /// The request that ended the lease of a cycle.
+    released: BTreeMap<(usize, usize, Cycle), u64>,
     breach: Option<Breach>,
 }
 
@@ -75,6 +77,7 @@ impl Ledger {
             issued: 0,
             turns: BTreeMap::new(),
             first_granted: BTreeMap::new(),
+            released: BTreeMap::new(),
             breach: None,
         }
     }
@@ -120,6 +123,21 @@ impl Ledger {
             number,
             at,
         });
+    }
+
+    /// A release was executed and found the lease of its cycle.
+    pub(super) fn is_released(&mut self, m: usize, k: usize, cycle: Cycle, request: u64) {
+        self.released.insert((m, k, cycle), request);
+    }
+
+    /// A task is told by the reply to its release that the lease was no longer there. Checks that
+    /// no other release of its manager has ended it.
+    pub(super) fn check_loss(&mut self, m: usize, k: usize, cycle: Cycle) {
+        if let Some(request) = self.released.get(&(m, k, cycle)) {
+            self.breach(format!(
+                "m{m} k{k} a task loses cycle {cycle}, although request #{request} has released it"
+            ));
+        }
     }
 
     /// The largest token of any guard of this key so far.

@@ -92,6 +92,9 @@ pub(super) struct Command {
     floor: u64,
     /// For a release, how long the lease has to stay.
     rest: Option<Duration>,
+    /// Whether the server does not know the script. It executes the command only when its sender,
+    /// if there still is one, sends it again with the script's text, and thus after later commands.
+    is_unknown: bool,
 }
 
 #[derive(Debug)]
@@ -103,6 +106,19 @@ pub(super) enum Reply {
 
 /// How often a request is resent after its connection broke, as in production.
 const RECONNECTS: u32 = 2;
+
+impl Order {
+    /// Whether a script executes it, and not plain commands.
+    fn is_script(&self) -> bool {
+        !matches!(
+            self,
+            Self::Queue(Request::Acquire {
+                kind: AcquireKind::Fast,
+                ..
+            })
+        )
+    }
+}
 
 impl Driver {
     const fn part(self) -> Part {
@@ -151,6 +167,7 @@ impl World {
             self.find_broken(m, lane);
         }
         let delay = self.message_delay();
+        let is_unknown = !self.in_calm() && self.chance(self.plan.unknown_script_chance);
         let now = self.now;
         let Some(in_flight) = self.in_flight.get_mut(&request) else {
             return;
@@ -173,6 +190,7 @@ impl World {
             generation: connection.generation,
             floor: in_flight.floor,
             rest: rest_of(&manager.min_holds, in_flight, &self.plan.rules),
+            is_unknown: is_unknown && in_flight.order.is_script(),
         };
         self.note(|_| {
             format!(
@@ -212,6 +230,11 @@ impl World {
             Some(_) => return self.note(|_| format!("m{m} k{k} #{request} is lost")),
             None => {}
         }
+        if command.is_unknown {
+            let at = now + self.message_delay();
+            let part = command.driver.part();
+            return self.inside(at, m, part, Event::UnknownScript(command));
+        }
         let reply = if !self.in_calm() && self.chance(self.plan.refuse_chance) {
             None
         } else {
@@ -237,6 +260,24 @@ impl World {
             reply,
         };
         self.inside(at, m, command.driver.part(), event);
+    }
+
+    /// The sender learns that the server does not know the script, and sends its text.
+    pub(super) fn sends_script(&mut self, command: Command) {
+        let Command {
+            request, m, k, lane, ..
+        } = command;
+        let connection = &self.managers[m].lanes[lane as usize];
+        if connection.generation != command.generation || !self.in_flight.contains_key(&request) {
+            return self.note(|_| format!("m{m} k{k} #{request} is not sent again"));
+        }
+        self.stats.unknown_scripts += 1;
+        let at = self.now + self.message_delay();
+        let connection = &mut self.managers[m].lanes[lane as usize];
+        connection.last_arrival = at.max(connection.last_arrival).max(connection.stalled_until);
+        let at = connection.last_arrival;
+        let is_unknown = false;
+        self.outside(at, m, Event::Arrives(Command { is_unknown, ..command }));
     }
 
     /// Checks that nobody was admitted who was behind a cycle that still waits. Only the fast path
@@ -317,6 +358,9 @@ impl World {
                 } else {
                     self.core.release(key, &me, next.as_deref(), terms)
                 };
+                if reply.held {
+                    self.ledger.is_released(command.m, command.k, cycle, command.request);
+                }
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.issue(command.m, command.k, next, reply);
                 }
@@ -366,12 +410,12 @@ impl World {
             return;
         };
         match reply {
-            Some(reply) => self.answered(in_flight, reply),
+            Some(reply) => self.answered(request, in_flight, reply),
             None => self.unanswered(in_flight, Released::Refused),
         }
     }
 
-    fn answered(&mut self, in_flight: InFlight, reply: Reply) {
+    fn answered(&mut self, request: u64, in_flight: InFlight, reply: Reply) {
         let InFlight {
             m, k, sent_at, floor, ..
         } = in_flight;
@@ -415,6 +459,9 @@ impl World {
                 self.drive_on(m, k, in_flight.driver, next);
             }
             (Order::Queue(Request::Release { cycle, requeue, .. }), Reply::Released(reply)) => {
+                if !reply.held && in_flight.attempts == 0 && self.is_awaited_release(m, request) {
+                    self.ledger.check_loss(m, k, cycle);
+                }
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.ledger.notes_remote_waiters_of(self.now, (m, k, next), reply, true);

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use rand::Rng;
 use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 use super::clock::{Nanos, nanos};
 use crate::engine::orphans::OrphanRules;
@@ -88,6 +88,8 @@ pub(super) struct Plan {
     pub(super) slow_max: Nanos,
     /// The probability that the server refuses a command.
     pub(super) refuse_chance: f64,
+    /// The probability that the server does not know the script of a command.
+    pub(super) unknown_script_chance: f64,
     pub(super) think_max: Nanos,
     pub(super) hold_max: Nanos,
     pub(super) long_hold_chance: f64,
@@ -205,6 +207,7 @@ impl Plan {
             forgettings,
             failovers,
             ghosts: rng.random_bool(0.3) && variant != Variant::Failover,
+            unknown_script_chance: 0.0,
             limits: Vec::new(),
         };
         let plan = if variant.is_mixed() {
@@ -235,6 +238,15 @@ impl Plan {
             }
             // A TTL contains ten renewals, so waiting for a lease to expire is noticed here too.
             Variant::Unheard => plan.without_faults(10),
+        }
+    }
+
+    /// Draws whether the server does not know some scripts. From numbers of its own: the other seeds
+    /// run as if there were no such fault.
+    pub(super) fn draw_unknown_scripts(&mut self, seed: u64) {
+        let mut rng = SmallRng::seed_from_u64(!seed);
+        if !self.variant.is_faultless() && rng.random_bool(0.3) {
+            self.unknown_script_chance = 0.05;
         }
     }
 

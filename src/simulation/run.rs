@@ -44,6 +44,8 @@ pub(super) struct Stats {
     /// in case there are any.
     pub(super) late: u64,
     pub(super) doubted: u64,
+    /// Scripts that were sent again, because the server did not know them.
+    pub(super) unknown_scripts: u64,
     /// Leases released before their `min_hold` had passed.
     pub(super) retired: u64,
     /// Guards that were served in turns, and turns that had served all tasks which waited when they
@@ -86,6 +88,7 @@ impl Stats {
             (&mut self.forgotten, other.forgotten),
             (&mut self.late, other.late),
             (&mut self.doubted, other.doubted),
+            (&mut self.unknown_scripts, other.unknown_scripts),
             (&mut self.retired, other.retired),
             (&mut self.in_turns, other.in_turns),
             (&mut self.gated, other.gated),
@@ -119,6 +122,7 @@ impl Stats {
             ("crashes", self.crashes, 100),
             ("late commands", self.late, 100),
             ("cycles that were released once more", self.doubted, 200),
+            ("scripts sent again", self.unknown_scripts, 1_000),
             ("leases released before their min_hold", self.retired, 1_000),
             ("guards in turns", self.in_turns, 2_000),
             ("turns that ended at their gate", self.gated, 500),

@@ -55,6 +55,7 @@ const STEPS: &[Step] = &[
     ("no late commands", |plan| plan.ghosts = false),
     ("no slow messages", |plan| plan.slow_chance = 0.0),
     ("no refusals", |plan| plan.refuse_chance = 0.0),
+    ("no unknown scripts", |plan| plan.unknown_script_chance = 0.0),
     ("no tries", |plan| plan.try_chance = 0.0),
     ("no longest hold", |plan| plan.max_hold_chance = 0.0),
     ("no long holds", |plan| plan.long_hold_chance = 0.0),

@@ -324,6 +324,13 @@ impl World {
         }
     }
 
+    /// Whether a task waits for the reply to this release of its guard, and would report a loss.
+    pub(super) fn is_awaited_release(&self, m: usize, request: u64) -> bool {
+        let awaits =
+            |task: &Task| matches!(task.state, State::Releasing { request: awaited, .. } if awaited == request);
+        self.managers[m].tasks.iter().any(awaits)
+    }
+
     fn task_lets_go(&mut self, m: usize, task: usize) {
         let State::Holding { k, ref lease, token } = self.managers[m].tasks[task].state else {
             return;

@@ -102,6 +102,8 @@ pub(super) const PARTS: usize = 4;
 pub(super) enum Event {
     /// A command reaches the server. All other events happen in the process of a manager.
     Arrives(Command),
+    /// The server has replied that it does not know the script of a command.
+    UnknownScript(Command),
     Replies {
         request: u64,
         lane: Priority,
@@ -150,6 +152,7 @@ impl World {
     pub(super) fn new(case: &Case, traced: bool) -> Self {
         let mut rng = SmallRng::seed_from_u64(case.seed);
         let mut plan = Plan::draw(&mut rng, case.variant, case.flaw);
+        plan.draw_unknown_scripts(case.seed);
         case.simplify(&mut plan);
         if case.salt > 0 {
             rng = SmallRng::seed_from_u64(case.seed.wrapping_add(case.salt << 32));
@@ -317,6 +320,7 @@ impl World {
     fn happen(&mut self, m: usize, event: Event) {
         match event {
             Event::Arrives(command) => self.arrives(command),
+            Event::UnknownScript(command) => self.sends_script(command),
             Event::Replies {
                 request,
                 lane,
