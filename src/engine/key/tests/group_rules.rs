@@ -184,6 +184,86 @@ fn max_hold_of_a_shared_guard_ends_that_guard_alone() {
 }
 
 #[test]
+fn max_hold_of_a_permit_ends_its_lease() {
+    let mode = permits(1, 2);
+    let mut bench = GroupBench::new([mode; 2]);
+    let max_hold = Some(ms(50));
+    let options = WaiterOptions {
+        mode,
+        max_hold,
+        ..OPTIONS
+    };
+    let held = first_guard(&mut bench, options);
+    let until = bench.key.next_deadline().unwrap();
+    assert!(until > bench.now + ms(48) && until <= bench.now + ms(50), "{until:?}");
+    assert_eq!(lost_by(&mut bench, Contender::tick), []);
+    bench.now = until;
+    assert_eq!(lost_by(&mut bench, Contender::tick), [LossReason::MaxHold]);
+    assert_eq!(held.lease.loss(), Some(LossReason::MaxHold));
+}
+
+/// A task joins only under a lease that the store has confirmed lately, and that has a quarter of
+/// its time left. Otherwise the lease is extended first.
+#[test]
+fn lease_is_extended_before_a_task_joins_it_late() {
+    for (after, joins) in [(ms(100), true), (ms(500), false), (ms(900), false)] {
+        let mut bench = GroupBench::new([LockMode::Shared; 2]);
+        let first = first_guard(&mut bench, SHARED);
+        bench.now = bench.now + after;
+        let id = want(&mut bench, SHARED);
+        assert_eq!(bench.key.is_settled(id), joins, "after {after:?}");
+        let extends = |request: &Request| request.cycle() == first.lease.cycle;
+        assert_eq!(bench.in_flight.iter().any(extends), !joins, "after {after:?}");
+    }
+}
+
+/// Tokens are requested before they are used up, so that no task waits for them.
+#[test]
+fn tokens_are_extended_early_while_tasks_join() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let first = first_guard(&mut bench, SHARED);
+    let mut joined = 0;
+    while bench.in_flight.is_empty() {
+        let id = want(&mut bench, SHARED);
+        guard(&mut bench, id);
+        joined += 1;
+        assert!(joined < BLOCK_MAX, "no tokens were requested");
+    }
+    assert_eq!(bench.in_flight[0].cycle(), first.lease.cycle);
+    let id = want(&mut bench, SHARED);
+    guard(&mut bench, id);
+}
+
+#[test]
+fn try_does_not_join_a_lease_that_has_ended() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let _first = first_guard(&mut bench, SHARED);
+    bench.now = bench.now + TTL;
+    assert!(is_busy(&mut bench, LockMode::Shared));
+}
+
+/// What the group waits for may be the patience of a task, and not its lanes' next attempt.
+#[test]
+fn patience_of_a_task_is_a_deadline_of_its_group() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let in_outage = InOutage::UntilStoreTimeout;
+    want(&mut bench, WaiterOptions { in_outage, ..SHARED });
+    let cycle = bench.in_flight.remove(0).cycle();
+    let since = bench.now;
+    let outage = StoreOutage {
+        since,
+        patience: ms(40),
+        retry_at: since + ms(5_000),
+    };
+    let failed = StoreEvent::RequestFailed {
+        error: &no_answer(),
+        outage: Some(outage),
+    };
+    bench.event(|key, cx| ((), key.on_event(cycle, failed, cx)));
+    assert_eq!(bench.key.next_deadline(), Some(since + ms(40)));
+}
+
+#[test]
 fn renewal_extends_the_lease_of_every_shared_guard() {
     let mut bench = GroupBench::new([LockMode::Shared; 2]);
     let guards = [first_guard(&mut bench, SHARED), {

@@ -98,6 +98,23 @@ fn outage_is_reported_with_its_failed_requests_until_a_reply() {
     assert!(bench.queue.outage().is_none() && bench.queue.failed_attempts() == 0);
 }
 
+#[test]
+fn task_that_arrives_while_a_retry_hangs_waits_until_its_own_deadline() {
+    let mut bench = Bench::new();
+    let options = |in_outage| WaiterOptions { in_outage, ..OPTIONS };
+    let (_, seen) = bench.enqueue_as(0, options(InOutage::UntilOwnLimit));
+    bench.failed(seen.acquires().0);
+    bench.pass(ms(30));
+    bench.tick().acquires();
+    let (id, _) = bench.enqueue_as(1, options(InOutage::UntilStoreTimeout));
+    let until = bench.now + ms(1_000);
+    let deadline = bench.queue.next_deadline().unwrap();
+    assert!(deadline >= until && deadline <= until + ms(17), "{deadline:?}");
+    bench.now = deadline;
+    assert_eq!(bench.tick().woken, [1]);
+    assert!(failed_after(bench.collect(id)) >= ms(1_000));
+}
+
 /// The deadlines of all processes that see the outage must not fall into the same moment.
 #[test]
 fn deadline_in_an_outage_is_on_the_grid_of_its_own_start() {
