@@ -306,7 +306,13 @@ impl Pair {
                 terms: given,
             } => {
                 let (key, me) = (&self.keys[lock.key], owner_tag(lock.manager, lock.cycle));
+                let is_free = self.core.owners(key, now).is_empty() && self.core.queue(key).is_empty();
                 Reply::Acquired(match kind {
+                    // By a script in a cluster, which reserves tokens only if the key is free.
+                    AcquireKind::Fast if !self.sharded.is_empty() => match is_free {
+                        true => self.core.acquire(key, &me, true, terms(*given)),
+                        false => AcquireReply::Taken,
+                    },
                     AcquireKind::Fast => self.core.acquire_fast(key, &me, terms(*given)),
                     AcquireKind::Enqueue => self.core.acquire(key, &me, false, terms(*given)),
                     AcquireKind::Try => self.core.acquire(key, &me, true, terms(*given)),
@@ -579,7 +585,7 @@ fn same_inspection(expected: &KeyState, found: &KeyState) -> bool {
         && timeless(expected) == timeless(found)
 }
 
-/// A cluster acquires a free key by script, and raises counters that are below the server's clock.
+/// A cluster raises counters that are below the server's clock.
 fn as_in_a_cluster(command: Command) -> Command {
     let after_now = |terms: Given| Given {
         floor: terms.floor.max(FLOOR),
@@ -588,11 +594,7 @@ fn as_in_a_cluster(command: Command) -> Command {
     match command {
         Command::Acquire { lock, kind, terms } => Command::Acquire {
             lock,
-            kind: if kind == AcquireKind::Fast {
-                AcquireKind::Try
-            } else {
-                kind
-            },
+            kind,
             terms: after_now(terms),
         },
         Command::Release { lock, requeue, terms } => Command::Release {

@@ -65,7 +65,7 @@ impl Commands {
         }
     }
 
-    /// The two commands of the fast path, for a key in this slot.
+    /// The two commands of the fast path on a single primary, for a key in this slot.
     pub(super) fn acquire_fast_commands(&self, request: &Acquire, slot: Slot) -> Pipeline {
         let names = self.names.of(&request.key);
         let mut set = Cmd::with_capacity(6, 128);
@@ -80,6 +80,13 @@ impl Commands {
         let mut commands = Pipeline::with_capacity(2);
         commands.add_command(set).add_command(count);
         commands
+    }
+
+    /// The keys and arguments of acquire_fast.lua.
+    pub(super) fn fill_acquire_fast(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
+        self.write_keys(command, &request.key);
+        self.write_owner_tag(command, request.cycle);
+        command.arg(millis(request.ttl)).arg(request.tokens).arg(floor);
     }
 
     /// The keys and arguments of acquire.lua.

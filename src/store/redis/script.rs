@@ -157,6 +157,8 @@ fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: LuaScript,
+    /// The acquire of the fast path in a cluster. A single primary takes two plain commands.
+    pub(super) acquire_fast: LuaScript,
     /// The release of the fast path.
     pub(super) release_fast: LuaScript,
     pub(super) release: LuaScript,
@@ -239,6 +241,7 @@ impl Scripts {
         let [acquire, release, acquire_modes, release_modes, retire] = own;
         Self {
             acquire: script(acquire),
+            acquire_fast: script(script!("cluster", "acquire_fast")),
             release_fast: script(script!("release_fast")),
             release: script(release),
             retire: script(retire),

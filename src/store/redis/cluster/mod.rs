@@ -15,7 +15,7 @@
 //! reads the map, it waits for every node and sends nothing to any of them. And a request that it
 //! repeats by itself can't be distinguished from one that was sent once.
 //!
-//! Differences from a single primary: a free key costs one script call instead of two plain
+//! Differences from a single primary: a free key costs a short script instead of two plain
 //! commands, and needs no inbox. Before a request may enqueue, the inbox of its slot must be
 //! subscribed and confirmed. The script reads the server's time for every token, since a promoted
 //! replica may lack the latest ones. If a slot is being moved, its leases are renewed one by one,
@@ -217,7 +217,12 @@ impl NodePool {
     async fn send_acquire(&self, request: &Acquire, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
         let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
         let wait = self.shared.wait_for_replicas();
-        if request.cycle.mode().is_exclusive() {
+        let is_exclusive = request.cycle.mode().is_exclusive();
+        if is_exclusive && request.kind == AcquireKind::Fast {
+            let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
+            return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
+        }
+        if is_exclusive {
             let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor);
             let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
             if !concerns_modes(&node_reply.value) {

@@ -221,6 +221,40 @@ fn counter_follows_the_clock_of_the_server_in_a_cluster_and_after_a_loss() {
     }
 }
 
+/// A cluster takes a free key by a script of its own.
+#[test]
+fn short_acquire_takes_a_free_key_that_nobody_waits_for() {
+    let bench = Bench::new();
+    let (me, other) = (owner_tag(1, 2), owner_tag(2, 2));
+    let script = Scripts::for_a_cluster("lock:").acquire_fast;
+    let acquire = |floor: u64| -> Vec<u64> {
+        let args = [&me, "100000", "3", &floor.to_string()];
+        bench.call(script.text(), &["lease", "queue", "counter"], &args)
+    };
+    // Taken, by others and by itself.
+    for owner in [&other, &me] {
+        bench.own(owner, Some(300_000));
+        assert_eq!((acquire(0), bench.owner().as_ref()), (vec![0], Some(owner)));
+        bench.assert_left("lease", 300_000);
+    }
+    // Free, but somebody waits.
+    bench.server.command(&["DEL", "lease"]);
+    bench.server.command(&["ZADD", "queue", "1", &other]);
+    assert_eq!((acquire(0), bench.state().0, bench.counter()), (vec![0], None, 0));
+    bench.server.command(&["DEL", "queue"]);
+    for (counter, floor, last) in [
+        (0, FLOOR, FLOOR + 3),
+        (FLOOR + 10, FLOOR, FLOOR + 13),
+        (FLOOR, FLOOR + 10, FLOOR + 13),
+    ] {
+        bench.server.command(&["SET", "counter", &counter.to_string()]);
+        assert_eq!(acquire(floor), [1, last, 0, 0]);
+        assert_eq!(bench.state(), (Some(me.clone()), Vec::new(), last));
+        bench.assert_left("lease", 100_000);
+        bench.server.command(&["DEL", "lease"]);
+    }
+}
+
 /// Those that wait expect another end, and the first of them may give up. More than ten are not
 /// told, so that a long queue costs no more.
 #[test]
