@@ -108,7 +108,7 @@ impl NodePool {
         loop {
             let version = shared.topology.version();
             let place = asking.clone().or_else(|| shared.topology.owner(call.slot));
-            let trouble: StoreError = match place {
+            let last_error: StoreError = match place {
                 None => match self.refresh(version).await {
                     Ok(()) if shared.topology.owner(call.slot).is_some() => continue,
                     Ok(()) => StoreError::Unavailable(format!("slot {} has no owner", call.slot).into()),
@@ -185,7 +185,7 @@ impl NodePool {
             };
             let pause = backoff.next_delay();
             if Moment::now() + pause >= deadline {
-                return Err(CallError::Failed(timed_out(&trouble)));
+                return Err(CallError::Failed(timed_out(&last_error)));
             }
             tokio::time::sleep(pause).await;
         }
@@ -306,9 +306,9 @@ fn is_cut_short(error: &RedisError) -> bool {
     error.to_string().contains("access a non local key")
 }
 
-fn timed_out(trouble: &StoreError) -> StoreError {
-    let (StoreError::Unavailable(reason) | StoreError::Refused(reason)) = trouble else {
-        return trouble.clone();
+fn timed_out(last_error: &StoreError) -> StoreError {
+    let (StoreError::Unavailable(reason) | StoreError::Refused(reason)) = last_error else {
+        return last_error.clone();
     };
     StoreError::Unavailable(
         reason

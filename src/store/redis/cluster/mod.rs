@@ -33,6 +33,7 @@ mod inbox;
 mod node;
 mod pool;
 mod renewals;
+mod send;
 mod subscriber;
 #[cfg(test)]
 pub(super) mod tests;
@@ -43,15 +44,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
+use deadpool_redis::redis::{Cmd, Value};
 use tokio::sync::mpsc;
 
 use super::client::{Purpose, Target};
 use super::commands::{Commands, erase};
-use super::map;
 use super::replica_ack::{ReplicaAck, ReplicaWait};
-use super::reply::{acquired, concerns_modes, inspected, released, to_store_error};
-use super::script::{LuaScript, Named, Scripts};
+use super::reply::{acquired, inspected, released, to_store_error};
+use super::script::Scripts;
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
@@ -63,7 +63,7 @@ use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{self, Health, KeyState, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
-use dispatch::{Call, CallError, NodeReply};
+use dispatch::NodeReply;
 use inbox::Inbox;
 use pool::{NodePool, at_place};
 use topology::{NodeAddress, Topology};
@@ -190,152 +190,6 @@ impl Shared {
         let ack = self.replica_ack.as_ref()?;
         let is_granted = matches!(reply, AcquireReply::Granted { .. });
         (is_granted && !ack.is_enough(node_reply.acked)).then(|| ack.too_few(node_reply.acked, self.timeout))
-    }
-}
-
-impl NodePool {
-    /// Calls a script of a lock.
-    async fn script(
-        &self,
-        script: &LuaScript,
-        slot: Slot,
-        wait: Option<ReplicaWait>,
-        fill: &(dyn Fn(&mut Cmd) + Send + Sync),
-    ) -> Result<NodeReply, CallError> {
-        let command = |named: Named| script.command(named, fill);
-        self.call(Call {
-            slot,
-            command: &command,
-            wait,
-            stops_at_try_again: false,
-            limit: None,
-        })
-        .await
-    }
-
-    /// Acquires once.
-    async fn send_acquire(&self, request: &Acquire, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
-        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
-        let wait = self.shared.wait_for_replicas();
-        let is_exclusive = request.cycle.mode().is_exclusive();
-        if is_exclusive && request.kind == AcquireKind::Fast {
-            let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
-            return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
-        }
-        if is_exclusive {
-            let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor);
-            let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
-            if !concerns_modes(&node_reply.value) {
-                return Ok(node_reply);
-            }
-        }
-        let fill = |command: &mut Cmd| commands.fill_acquire_modes(command, request, floor);
-        self.script(&scripts.modes.acquire, slot, wait, &fill).await
-    }
-
-    /// Releases once.
-    async fn send_release(&self, request: &Release, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
-        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
-        let wait = request.requeue.and_then(|_| self.shared.wait_for_replicas());
-        let mut repeated = false;
-        if request.is_exclusive() {
-            let fill = |command: &mut Cmd| commands.fill_release(command, request, floor);
-            let node_reply = self.script(&scripts.release, slot, wait, &fill).await?;
-            if !concerns_modes(&node_reply.value) {
-                return Ok(node_reply);
-            }
-            repeated = node_reply.repeated;
-        }
-        let fill = |command: &mut Cmd| commands.fill_release_modes(command, request, floor);
-        let mut node_reply = self.script(&scripts.modes.release, slot, wait, &fill).await?;
-        node_reply.repeated |= repeated;
-        Ok(node_reply)
-    }
-
-    /// Ends the lease of any owner. The scripts are those of a release.
-    async fn send_break(
-        &self,
-        slot: Slot,
-        key: &LockKey,
-        owner: &str,
-        tokens: u32,
-        floor: u64,
-    ) -> Result<NodeReply, CallError> {
-        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
-        let fill = |command: &mut Cmd| commands.fill_break(command, key, owner, tokens, floor);
-        let first = self.script(&scripts.release, slot, None, &fill).await?;
-        if !concerns_modes(&first.value) {
-            return Ok(first);
-        }
-        let fill = |command: &mut Cmd| commands.fill_break_modes(command, key, owner, tokens, floor);
-        let mut node_reply = self.script(&scripts.modes.release, slot, None, &fill).await?;
-        node_reply.repeated |= first.repeated;
-        Ok(node_reply)
-    }
-
-    /// Sends a command with a single key.
-    async fn single(&self, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
-        self.single_until(None, slot, command).await
-    }
-
-    async fn single_until(&self, deadline: Option<Moment>, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
-        let node_reply = self
-            .call(Call {
-                slot,
-                command: &|_| command.clone(),
-                wait: None,
-                stops_at_try_again: false,
-                limit: deadline.map(|deadline| deadline.since(Moment::now())),
-            })
-            .await?;
-        Ok(node_reply.value)
-    }
-
-    /// Reads the state of a key. A command with a single key is answered even while its slot is
-    /// being moved.
-    async fn inspect_one_by_one(&self, slot: Slot, commands: &Pipeline) -> Result<KeyState, StoreError> {
-        let asking = commands.cmd_iter().map(|command| self.single(slot, command));
-        inspected(&futures_util::future::try_join_all(asking).await?)
-    }
-
-    /// Checks that the nodes support sharded pub/sub. A script that finds a waiter would fail
-    /// otherwise.
-    async fn check_channels(&self, deadline: Option<Moment>, slot: Slot) -> Result<(), StoreError> {
-        let mut count = cmd("PUBSUB");
-        count.arg("SHARDNUMSUB");
-        match self.single_until(deadline, slot, &count).await {
-            Err(StoreError::Refused(reason)) if reason.to_lowercase().contains("unknown") => Err(StoreError::Refused(
-                format!("the nodes do not support sharded pub/sub, which is required to wait for locks; use Redis 7.0 or later, or Valkey: {reason}").into(),
-            )),
-            // The next request would not be answered either, and would have less time.
-            Err(error @ StoreError::Unavailable(_)) => Err(error),
-            // Requests get any other error as well.
-            _ => Ok(()),
-        }
-    }
-
-    /// Executes one step towards a stored shard map.
-    async fn map(&self, step: MapStep) -> Result<MapState, StoreError> {
-        self.map_until(None, step).await
-    }
-
-    async fn map_until(&self, deadline: Option<Moment>, step: MapStep) -> Result<MapState, StoreError> {
-        let map = &self.shared.map;
-        let slot = Slot::of(map.key().as_bytes());
-        map::step(map, step, &|command| {
-            Box::pin(async move { self.single_until(deadline, slot, &command).await })
-        })
-        .await
-    }
-
-    /// Fails if the shard has another map. Asks the server until it was seen to have ours.
-    async fn check_map(&self, deadline: Option<Moment>) -> Result<(), StoreError> {
-        let map = &self.shared.map;
-        if map.is_set() {
-            return Ok(());
-        }
-        self.check_channels(deadline, Slot::of(map.key().as_bytes())).await?;
-        self.map_until(deadline, MapStep::Read).await.map(drop)
     }
 }
 
