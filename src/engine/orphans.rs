@@ -500,4 +500,42 @@ mod tests {
         }
         assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::TooManyRechecks);
     }
+
+    #[test]
+    fn failed_release_that_is_due_first_is_sent_first() {
+        let mut orphans = of([2, 4, 6]);
+        let sent: Vec<Attempt<(), ()>> = std::iter::from_fn(|| orphans.next(at(0))).collect();
+        for (mut attempt, millis) in sent.into_iter().zip([30, 10, 20]) {
+            attempt.falls_back();
+            let pause = |_| Duration::from_millis(millis);
+            let verdict = orphans.on_result(attempt, Released::Unavailable, circumstances(at(0)), pause);
+            assert_eq!(verdict, Verdict::Retried);
+        }
+        assert_eq!(orphans.next_due(), Some(at(10)));
+        for (now, cycle) in [(10, 4), (20, 6), (30, 2)] {
+            let mut next = || orphans.next(at(now)).map(|attempt| attempt.cycle);
+            assert_eq!((next(), next()), (Some(Cycle::of(cycle)), None));
+        }
+    }
+
+    #[test]
+    fn number_in_flight_is_halved_by_a_missing_reply_and_grows_with_each_reply() {
+        let mut orphans = of((1..=2 * IN_FLIGHT_MAX as u64).map(|number| 2 * number));
+        let mut sent: Vec<Attempt<(), ()>> = std::iter::from_fn(|| orphans.next(at(0))).collect();
+        let mut ends = |orphans: &mut Orphans<(), ()>, released| {
+            let mut attempt = sent.pop().unwrap();
+            if released == Released::Unavailable {
+                attempt.falls_back();
+            }
+            let _verdict = orphans.on_result(attempt, released, circumstances(at(0)), |pause| *pause.start());
+        };
+        ends(&mut orphans, Released::Unavailable);
+        // Half as many may be in flight, and one more for each reply.
+        for _ in 1..IN_FLIGHT_MAX / 4 {
+            ends(&mut orphans, Released::Confirmed);
+        }
+        assert!(orphans.next(at(0)).is_none());
+        ends(&mut orphans, Released::Confirmed);
+        assert!(orphans.next(at(0)).is_some());
+    }
 }

@@ -215,6 +215,15 @@ mod tests {
     }
 
     #[test]
+    fn batch_is_late_once_more_than_a_third_of_a_ttl_is_gone() {
+        let mut renewals = Renewals::new();
+        let ttl = Duration::from_secs(9);
+        renewals.add(vec![due(ttl, at(9_000))]);
+        assert!(!renewals.is_strained(STRAIN_MIN, at(3_000)));
+        assert!(renewals.is_strained(STRAIN_MIN, at(3_001)));
+    }
+
+    #[test]
     fn batch_that_hangs_leaves_time_for_another_attempt() {
         let ms = Duration::from_millis;
         let limit = |ttls: &[u64], timeout| time_limit(ttls.iter().copied().map(ms), ms(timeout));

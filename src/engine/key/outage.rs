@@ -173,11 +173,11 @@ impl<W> Queue<W> {
         let outage = self.outage.as_ref()?;
         let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(outage.store.retry_at);
         let earliest = retry_at.into_iter().chain(outage.deadline).min()?;
-        // The grid is shifted by the start of the outage, so each process has its own.
-        let phase = outage.store.since.as_nanos() % GRID;
-        let nanos = earliest.as_nanos().saturating_sub(phase);
+        // The grid begins with the outage, so each process has its own.
+        let since = outage.store.since.as_nanos();
+        let nanos = earliest.as_nanos().saturating_sub(since);
         Some(Moment::from_nanos(
-            nanos.div_ceil(GRID).saturating_mul(GRID).saturating_add(phase),
+            nanos.div_ceil(GRID).saturating_mul(GRID).saturating_add(since),
         ))
     }
 

@@ -1,5 +1,7 @@
 //! Extending a lease that is ours: which replies count, and how much validity they bring.
 
+use std::collections::VecDeque;
+
 use super::*;
 
 /// A guard whose release leaves a waiter but no token, so that the lease must be extended.
@@ -162,4 +164,27 @@ fn requeue_after_an_extension_without_an_answer_repeats_the_release() {
     let seen = bench.release_held(&second);
     assert!(seen.releases().1.is_some());
     bench.assert_repeated(&seen, Some(queued(20)));
+}
+
+/// The more tokens were used during the last round trip, the earlier the next ones are requested.
+#[test]
+fn tokens_are_requested_early_enough_for_two_round_trips() {
+    let mut bench = Bench::new();
+    let mut guard = bench.hold(1, 64);
+    let mut line: VecDeque<WaiterId> = (1..=2).map(|waker| bench.enqueue(waker).0).collect();
+    // Serves one more task while others wait, and returns the request that is sent with it.
+    let mut serve = |bench: &mut Bench| {
+        line.push_back(bench.enqueue(3).0);
+        let request = bench.release_held(&guard).request;
+        guard = bench.guard(line.pop_front().unwrap());
+        request
+    };
+    let asked_at = (2..=64).find(|_| serve(&mut bench).is_some()).unwrap();
+    let cycle = bench.queue.lease().unwrap().0.cycle;
+    let used = 64 - asked_at;
+    assert_eq!(used, 16);
+    (0..used).for_each(|_| assert_eq!(serve(&mut bench), None));
+    bench.reply(cycle, extended(65, 164));
+    let served = (65..=164).find(|_| serve(&mut bench).is_some()).unwrap();
+    assert_eq!(164 - served, 2 * used);
 }

@@ -136,6 +136,18 @@ fn late_events_of_an_old_cycle_do_not_affect_a_queued_cycle() {
 }
 
 #[test]
+fn late_events_of_an_old_cycle_do_not_affect_a_cycle_that_is_retried() {
+    let mut bench = Bench::new();
+    let in_outage = InOutage::UntilOwnLimit;
+    let (id, seen) = bench.enqueue_as(0, WaiterOptions { in_outage, ..OPTIONS });
+    let cycle = seen.acquires().0;
+    bench.failed(cycle);
+    deliver_late_events(&mut bench);
+    assert!(bench.queue.is_current(cycle) && !bench.queue.is_settled(id));
+    assert_eq!(bench.your_turn(cycle).acquires().0, cycle);
+}
+
+#[test]
 fn late_events_of_an_old_cycle_do_not_affect_a_guard() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 64);

@@ -383,3 +383,55 @@ fn lingering_takes_no_more_memory_in_an_entry() {
     let without = size_of::<Option<crate::engine::key::phase::Holder>>();
     assert_eq!(size_of::<crate::engine::key::phase::Occupant>(), without);
 }
+
+/// Only a store that may have lost the lease is asked sooner.
+#[test]
+fn new_subscription_alone_does_not_hasten_a_renewal() {
+    let mut bench = Bench::new();
+    let _guard = bench.hold(1, 1);
+    let due = bench.queue.next_deadline();
+    assert_eq!(bench.resubscribed(), NOTHING);
+    assert_eq!(bench.queue.next_deadline(), due);
+    bench.epoch += 1;
+    bench.resubscribed();
+    assert!(bench.queue.next_deadline() <= Some(bench.now));
+}
+
+/// A renewal without a reply is repeated after half of the interval. It is repeated sooner, but not
+/// at once, if the store may have lost the lease before, and at once if that happened since.
+#[test]
+fn renewal_without_a_reply_is_repeated() {
+    const LONG: Duration = Duration::from_secs(100);
+    for (moved_before, moved_since, after) in [
+        (false, false, ms(5_000)),
+        (true, false, ms(1_000)),
+        (false, true, ms(0)),
+    ] {
+        let mut bench = Bench::new();
+        let (id, seen) = bench.enqueue_as(0, WaiterOptions { ttl: LONG, ..OPTIONS });
+        let cycle = seen.acquires().0;
+        let answer = Answer {
+            ttl: LONG,
+            ..answer(bench.now, granted(1, 1))
+        };
+        bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, answer, cx)));
+        bench.guard(id);
+        bench.epoch += u32::from(moved_before);
+        bench.pass(ms(10_000));
+        assert!(
+            bench
+                .event(|queue, cx| (queue.renewal(cx), Effects::none()))
+                .0
+                .is_some()
+        );
+        bench.epoch += u32::from(moved_since);
+        let sent_at = bench.now;
+        let event = StoreEvent::RenewalReply {
+            ttl: LONG,
+            sent_at,
+            reply: None,
+        };
+        bench.event(|queue, cx| ((), queue.on_event(cycle, event, cx)));
+        assert_eq!(bench.queue.next_deadline(), Some(bench.now + after));
+    }
+}

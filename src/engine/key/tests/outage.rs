@@ -98,6 +98,22 @@ fn outage_is_reported_with_its_failed_requests_until_a_reply() {
     assert!(bench.queue.outage().is_none() && bench.queue.failed_attempts() == 0);
 }
 
+/// The waiter has been in the store's queue, so its lock is not an uncontended one.
+#[test]
+fn retry_remembers_that_its_cycle_was_queued() {
+    let mut bench = Bench::new();
+    let in_outage = InOutage::UntilOwnLimit;
+    let (id, seen) = bench.enqueue_as(0, WaiterOptions { in_outage, ..OPTIONS });
+    let cycle = seen.acquires().0;
+    bench.reply(cycle, queued(10));
+    bench.your_turn(cycle).acquires();
+    bench.failed(cycle);
+    bench.pass(ms(20));
+    bench.tick().acquires();
+    bench.reply(cycle, granted(11, 74));
+    assert_eq!(bench.guard(id).path, Path::RemoteGrant);
+}
+
 #[test]
 fn task_that_arrives_while_a_retry_hangs_waits_until_its_own_deadline() {
     let mut bench = Bench::new();
