@@ -166,7 +166,8 @@ impl Quorum {
     /// All nodes, in the order in which they become the slot's sequencer.
     fn order(&self, slot: Slot) -> impl Iterator<Item = &Arc<Node>> {
         let start = usize::from(slot.number()) % self.nodes.len().max(1);
-        self.nodes.iter().cycle().skip(start).take(self.nodes.len())
+        let (before, from) = self.nodes.split_at(start);
+        from.iter().chain(before)
     }
 
     /// The slot's sequencer: the first usable node in that order.

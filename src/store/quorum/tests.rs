@@ -1,5 +1,6 @@
 //! Which answers count in a quorum, on real servers whose votes a test gives and takes.
 
+mod maps;
 mod model;
 mod nodes;
 mod releases;
