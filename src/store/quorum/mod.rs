@@ -73,7 +73,7 @@ use crate::store::redis::primary::RedisStore;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
-use tally::majority;
+use tally::{is_majority_without, majority};
 
 /// See the module documentation.
 pub(crate) struct QuorumStore {
@@ -451,7 +451,7 @@ impl LeaseStore for QuorumStore {
                     Ok(()) => taking += 1,
                     Err(error @ StoreError::MapMismatch { .. }) => {
                         foreign += 1;
-                        if foreign > quorum.nodes.len() - majority(quorum.nodes.len()) {
+                        if !is_majority_without(foreign, quorum.nodes.len()) {
                             reached = Err(error);
                         }
                     }

@@ -173,8 +173,7 @@ impl Node {
     /// That release was answered. If a connection was abandoned recently, a claim of the cycle may
     /// still arrive, so the release is repeated later. `newest` is the largest number of a cycle so
     /// far.
-    pub(super) fn released(&self, release: &Release, newest: u64, longest: Duration) {
-        let now = Moment::now();
+    pub(super) fn released(&self, release: &Release, newest: u64, longest: Duration, now: Moment) {
         let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < LATE_MAX) else {
             return;
         };
@@ -194,8 +193,8 @@ impl Node {
 
     /// The next release that is due to be repeated. It stays due until it is
     /// [`repeated`](Self::repeated).
-    pub(super) fn due_repeat(&self) -> Option<Repeat> {
-        let (now, last_cut) = (Moment::now(), self.store.last_cut());
+    pub(super) fn due_repeat(&self, now: Moment) -> Option<Repeat> {
+        let last_cut = self.store.last_cut();
         let mut late = self.late_claims.lock();
         while late.releases.first_due(now).is_some() {
             if !late.releases.postpone_first(now, last_cut) {
@@ -206,11 +205,11 @@ impl Node {
     }
 
     /// That release is done.
-    pub(super) fn repeated(&self, done: &Repeat) {
+    pub(super) fn repeated(&self, done: &Repeat, now: Moment) {
         let mut late = self.late_claims.lock();
         // The worker and a shutdown may repeat the same one.
         let is_first = |first: &Repeat| first.release.cycle == done.release.cycle;
-        if late.releases.first_due(Moment::now()).is_some_and(is_first) {
+        if late.releases.first_due(now).is_some_and(is_first) {
             late.releases.remove_first();
         }
     }

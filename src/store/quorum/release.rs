@@ -60,7 +60,7 @@ async fn await_reply(sent: SentRelease) -> Option<Answer<ReleaseReply>> {
                 let quorum = &unanswered.quorum;
                 unanswered
                     .node
-                    .released(&release, quorum.newest_cycle(), quorum.max_ttl);
+                    .released(&release, quorum.newest_cycle(), quorum.max_ttl, Moment::now());
             }
             return Some(answer);
         }

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::Quorum;
 use super::node::Node;
-use super::tally::{Tally, Vote, VoteState, majority};
+use super::tally::{Tally, Vote, VoteState, is_majority_without};
 use crate::protocol::{Release, RenewReply, Renewal};
 use crate::store::redis::claim::{Claim, ClaimKind};
 use crate::store::{LeaseStore, StoreError};
@@ -93,8 +93,8 @@ pub(super) async fn renew(
             });
         }
     }
-    if let Some(error) = foreign.pop()
-        && foreign.len() + 1 > count - majority(count)
+    if !is_majority_without(foreign.len(), count)
+        && let Some(error) = foreign.pop()
     {
         return Err(error);
     }

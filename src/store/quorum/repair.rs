@@ -145,7 +145,7 @@ async fn finish_release(quorum: &Quorum, node: &Node, end: Moment, release: &Rel
         if !done {
             match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
                 Ok(Ok(_)) => {
-                    node.released(release, quorum.newest_cycle(), quorum.max_ttl);
+                    node.released(release, quorum.newest_cycle(), quorum.max_ttl, Moment::now());
                     done = true;
                 }
                 // Tried again until the lease has run out.
@@ -166,13 +166,13 @@ async fn finish_release(quorum: &Quorum, node: &Node, end: Moment, release: &Rel
 /// Repeats the releases after which a claim may have arrived. One without an answer is tried again
 /// with the next probe.
 async fn repeat_releases(quorum: &Quorum, node: &Node) {
-    while let Some(repeat) = node.due_repeat() {
+    while let Some(repeat) = node.due_repeat(Moment::now()) {
         let releasing = node.store.release(Priority::Background, repeat.release.clone());
         let released = timeout(quorum.node_limit, releasing).await;
         if !matches!(released, Ok(Ok(_))) && Moment::now() < repeat.end {
             break;
         }
-        node.repeated(&repeat);
+        node.repeated(&repeat, Moment::now());
     }
 }
 

@@ -38,6 +38,11 @@ pub(super) const fn majority(nodes: usize) -> usize {
     nodes / 2 + 1
 }
 
+/// Whether the nodes without these `others` are still a majority of all.
+pub(super) const fn is_majority_without(others: usize, nodes: usize) -> bool {
+    nodes - others >= majority(nodes)
+}
+
 impl Tally {
     pub(super) const fn new(nodes: usize) -> Self {
         Self {
@@ -83,6 +88,13 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn majority_stays_one_without_a_minority() {
+        let most = |nodes| (0..nodes).rfind(|&others| is_majority_without(others, nodes));
+        assert_eq!([3, 4, 5, 15].map(most), [Some(1), Some(1), Some(2), Some(7)]);
+        assert!(!is_majority_without(3, 5) && !is_majority_without(5, 5));
+    }
 
     /// A vote is decided as soon as no vote to come can change it.
     fn assert_decided_in_time(tally: &Tally, votes: &[Vote], nodes: usize) {

@@ -87,6 +87,7 @@ async fn different_map_at_one_node_is_ignored_if_the_others_have_ours() {
 #[tokio::test]
 async fn different_maps_at_two_nodes_leave_no_majority_with_ours() {
     let (bench, key) = Bench::with_map().await;
+    let map: String = bench.servers[0].query(&["GET", &key]);
     for node in [0, 2] {
         bench.servers[node].command(&["SET", &key, "another map"]);
     }
@@ -95,6 +96,16 @@ async fn different_maps_at_two_nodes_leave_no_majority_with_ours() {
     assert!(!bench.store.has_map());
     let probed = bench.store.probe().await;
     assert!(is_mismatch(&probed.reached), "{:?}", probed.reached);
+    let renewal = Renewal {
+        key: super::key(),
+        cycle: Cycle::of(2),
+        ttl: TTL,
+    };
+    let renewed = bench.store.renew(vec![renewal.clone()], TTL).await;
+    assert!(is_mismatch(&renewed), "{renewed:?}");
+    bench.servers[0].command(&["SET", &key, &map]);
+    let renewed = bench.store.renew(vec![renewal], TTL).await;
+    assert!(renewed.is_ok(), "{renewed:?}");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! What is known of a node.
 
 use super::*;
+use crate::store::LATE_MAX;
 use crate::store::quorum::node::PENDING_RELEASES_MAX;
 
 fn release(cycle: u64) -> Release {
@@ -67,4 +68,76 @@ async fn pending_releases_are_limited_and_end_with_their_leases() {
     node.add_pending_release(release(6), TTL * 100);
     let left = [2, 4, 6].map(|cycle| node.has_pending_release(Cycle::of(cycle)));
     assert_eq!(left, [false, true, true], "the lease of the first has run out");
+}
+
+/// After a connection was given up, a claim of a released cycle may still arrive.
+#[tokio::test]
+async fn release_is_repeated_once_no_claim_of_its_cycle_can_arrive() {
+    const NEWEST: u64 = 10;
+    let bench = Bench::new().await;
+    let node = &bench.nodes[0];
+    let done = |cycle, at| node.released(&release(cycle), NEWEST, TTL, at);
+    done(2, Moment::now());
+    assert!(node.due_repeat(Moment::now() + LATE_MAX * 3).is_none(), "no cut");
+
+    node.store.leave_callers();
+    let cut = node.store.last_cut().unwrap();
+    let due = cut + LATE_MAX;
+    done(2, due);
+    done(NEWEST + 2, cut);
+    assert!(node.due_repeat(due + LATE_MAX * 3).is_none(), "nothing can arrive");
+
+    done(4, cut);
+    done(6, cut);
+    let just_before = Moment::from_nanos(due.as_nanos() - 1);
+    assert!(node.due_repeat(just_before).is_none());
+    let repeat = node.due_repeat(due).unwrap();
+    assert_eq!((repeat.release.cycle, repeat.end), (Cycle::of(4), due + TTL));
+    assert!(repeat.release.requeue.is_none() && !repeat.release.nobody_waits);
+    node.repeated(&repeat, due);
+    let other = node.due_repeat(due).unwrap();
+    assert_eq!(other.release.cycle, Cycle::of(6));
+    node.repeated(&repeat, due);
+    assert!(node.due_repeat(due).is_some(), "another one was repeated");
+    node.repeated(&other, due);
+    assert!(node.due_repeat(due).is_none());
+
+    // Another cut postpones it once.
+    done(8, cut);
+    node.store.ping_callers().await.unwrap();
+    node.store.leave_callers();
+    assert!(node.store.last_cut().unwrap() > cut);
+    assert!(node.due_repeat(due).is_none());
+    assert!(node.due_repeat(due + LATE_MAX).is_some());
+}
+
+#[tokio::test]
+async fn releases_to_repeat_are_limited() {
+    let bench = Bench::new().await;
+    let node = &bench.nodes[0];
+    node.store.leave_callers();
+    let cut = node.store.last_cut().unwrap();
+    let count = PENDING_RELEASES_MAX as u64 + 1;
+    (1..=count).for_each(|number| node.released(&release(2 * number), 2 * count, TTL, cut));
+    let due = cut + LATE_MAX;
+    let repeats = std::iter::from_fn(|| {
+        let repeat = node.due_repeat(due)?;
+        node.repeated(&repeat, due);
+        Some(repeat)
+    });
+    assert_eq!(repeats.count(), PENDING_RELEASES_MAX);
+}
+
+#[tokio::test]
+async fn pending_release_whose_lease_has_run_out_is_not_sent() {
+    let bench = Bench::new().await;
+    let node = &bench.nodes[0];
+    node.add_pending_release(release(2), Duration::ZERO);
+    while Moment::now() <= node.pending_releases()[0].0 {}
+    bench.servers[0].kill();
+    assert!(repair::finish_pending_releases(&bench.store.quorum, node).await);
+    assert!(node.has_no_pending_releases());
+    node.add_pending_release(release(2), TTL * 100);
+    assert!(!repair::finish_pending_releases(&bench.store.quorum, node).await);
+    assert!(!node.has_no_pending_releases());
 }

@@ -4,16 +4,20 @@ use super::*;
 
 impl Bench {
     async fn release(&self, cycle: u64) -> Result<bool, StoreError> {
+        Ok(self.release_and_requeue(cycle, None).await?.held)
+    }
+
+    async fn release_and_requeue(&self, cycle: u64, next: Option<u64>) -> Result<ReleaseReply, StoreError> {
         let release = Release {
             key: key(),
             cycle: Cycle::of(cycle),
-            requeue: None,
+            requeue: next.map(Cycle::of),
             tokens: 4,
             nobody_waits: false,
             retire_until: None,
         };
         let answer = self.store.release(Priority::Foreground, release).await?;
-        Ok(answer.reply.held)
+        Ok(answer.reply)
     }
 }
 
@@ -78,4 +82,63 @@ async fn release_dropped_midway_is_pending_at_its_sequencer() {
     assert!(bench.nodes[0].has_pending_release(Cycle::of(2)));
     let is_over = || bench.store.quorum.releasing.load(Ordering::Acquire) == 0;
     eventually("nothing is in flight", PATIENCE, is_over).await;
+}
+
+/// A grant by the sequencer alone is no lock.
+#[tokio::test]
+async fn requeued_cycle_is_not_granted_by_the_sequencer_alone() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    let reply = bench.release_and_requeue(2, Some(4)).await.unwrap();
+    assert!(reply.held && reply.requeued.is_none(), "{reply:?}");
+    bench.hold(4).await;
+    // No message reaches it, but its turn comes.
+    bench.servers[0].command(&[
+        "ZADD",
+        &bench.nodes[0].store.queue_name(&key()),
+        "1.5",
+        &bench.owner_tag(8).unwrap(),
+    ]);
+    let reply = bench.release_and_requeue(4, Some(6)).await.unwrap();
+    assert!(matches!(reply.requeued, Some(AcquireReply::Queued(_))), "{reply:?}");
+}
+
+/// Most outages are short.
+#[tokio::test]
+async fn release_is_sent_again_until_a_majority_has_answered() {
+    let bench = Bench::new().await.with_majority_limit(PATIENCE);
+    bench.hold(2).await;
+    [1, 2].iter().for_each(|&node| bench.servers[node].kill());
+    let come_back = async {
+        while bench.nodes[1..].iter().any(|node| node.is_up()) {
+            tokio::task::yield_now().await;
+        }
+        for node in [1, 2] {
+            bench.servers[node].restart();
+            bench.nodes[node].mark_up(bench.nodes[node].downs());
+        }
+    };
+    let (held, ()) = tokio::join!(bench.release(2), come_back);
+    // The restarted nodes lack the lease, but the first attempt may have released it.
+    assert!(held.unwrap());
+    assert_eq!(bench.owner(0), None);
+}
+
+/// Waiters are in the sequencer's queue alone.
+#[tokio::test]
+async fn renewal_reports_waiters_that_one_node_has() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { has_waiters: false }));
+    bench.servers[0].command(&[
+        "ZADD",
+        &bench.nodes[0].store.queue_name(&key()),
+        "1",
+        &bench.owner_tag(8).unwrap(),
+    ]);
+    // The majority includes the sequencer then.
+    bench.servers[2].stop();
+    let renewed = bench.renew(2).await;
+    bench.servers[2].cont();
+    assert_eq!(renewed, Some(RenewReply::Extended { has_waiters: true }));
 }
