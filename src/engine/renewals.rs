@@ -207,6 +207,20 @@ mod tests {
     }
 
     #[test]
+    fn number_in_flight_is_halved_by_a_missing_reply_and_grows_with_each_reply() {
+        let mut renewals = Renewals::new();
+        renewals.add(many(200 * BATCH_MAX, at(0)));
+        let sent = std::iter::from_fn(|| renewals.next(at(0))).count();
+        assert_eq!(sent, IN_FLIGHT_MAX);
+        renewals.ended(false);
+        // Half as many may be in flight, and one more for each reply.
+        (1..IN_FLIGHT_MAX / 4).for_each(|_| renewals.ended(true));
+        assert!(renewals.next(at(0)).is_none());
+        renewals.ended(true);
+        assert!(renewals.next(at(0)).is_some());
+    }
+
+    #[test]
     fn few_leases_are_no_strain() {
         let mut renewals = Renewals::new();
         renewals.add(many(1, at(0)));
