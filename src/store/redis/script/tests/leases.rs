@@ -126,6 +126,30 @@ fn request_behind_dead_waiters_is_granted_in_the_reply() {
     }
 }
 
+/// The owner has died. A try takes the key if all that wait have died too, and passes nobody else.
+#[test]
+fn try_behind_waiters_takes_the_key_only_if_all_are_dead() {
+    let bench = Bench::new();
+    let (dead, me, waiting) = (owner_tag(1, 2), owner_tag(2, 2), owner_tag(3, 2));
+    // A whole number: its inbox was subscribed.
+    bench.server.command(&["ZADD", "queue", "1", &dead]);
+    assert_eq!(bench.acquire(&me, 300_000, "try"), [1, bench.counter() as i64, 0, 0]);
+    assert_eq!(bench.state(), (Some(me.clone()), Vec::new(), 1));
+    bench.assert_left("lease", 300_000);
+
+    bench.server.command(&["DEL", "lease"]);
+    bench.server.command(&["ZADD", "queue", "1", &dead, "2.5", &waiting]);
+    assert_eq!(bench.acquire(&me, 300_000, "try"), [0]);
+    assert_eq!(bench.state(), (Some(waiting), Vec::new(), 2));
+    bench.assert_left("lease", 1_000);
+
+    let shared = in_mode(4, "-s");
+    bench.server.command(&["DEL", "lease"]);
+    bench.server.command(&["ZADD", "queue", "1", &dead, "2.5", &shared]);
+    assert_eq!(bench.acquire(&me, 300_000, "try"), [3]);
+    assert_eq!(bench.state(), (None, vec![shared, "2.5".to_owned()], 2));
+}
+
 /// The short release does nothing unless it does everything.
 #[test]
 fn short_release_ends_the_owners_lease_if_nobody_waits() {
