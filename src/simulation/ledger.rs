@@ -130,8 +130,8 @@ impl Ledger {
         self.released.insert((m, k, cycle), request);
     }
 
-    /// A task is told by the reply to its release that the lease was no longer there. Checks that
-    /// no other release of its manager has ended it.
+    /// The reply to a task's release reports that the lease was no longer there. Checks that no
+    /// other release of its manager has ended it.
     pub(super) fn check_loss(&mut self, m: usize, k: usize, cycle: Cycle) {
         if let Some(request) = self.released.get(&(m, k, cycle)) {
             self.breach(format!(

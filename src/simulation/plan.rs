@@ -241,8 +241,8 @@ impl Plan {
         }
     }
 
-    /// Draws whether the server does not know some scripts. From numbers of its own: the other seeds
-    /// run as if there were no such fault.
+    /// Draws whether the server does not know some scripts. From numbers of its own, so that the
+    /// other seeds run as if there were no such fault.
     pub(super) fn draw_unknown_scripts(&mut self, seed: u64) {
         let mut rng = SmallRng::seed_from_u64(!seed);
         if !self.variant.is_faultless() && rng.random_bool(0.3) {
