@@ -126,6 +126,17 @@ fn request_behind_dead_waiters_is_granted_in_the_reply() {
     }
 }
 
+/// The owner has died, and the first that waits asks. The reply says how many wait behind it.
+#[test]
+fn head_of_the_queue_takes_a_free_key() {
+    let bench = Bench::new();
+    let (me, behind) = (owner_tag(1, 2), owner_tag(2, 2));
+    bench.server.command(&["ZADD", "queue", "2", &me, "3.5", &behind]);
+    assert_eq!(bench.acquire(&me, 300_000, "join"), [1, bench.counter() as i64, 1, 0]);
+    assert_eq!(bench.state(), (Some(me), vec![behind, "3.5".to_owned()], 1));
+    bench.assert_left("lease", 300_000);
+}
+
 /// The owner has died. A try takes the key if all that wait have died too, and passes nobody else.
 #[test]
 fn try_behind_waiters_takes_the_key_only_if_all_are_dead() {
