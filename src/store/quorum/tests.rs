@@ -284,6 +284,42 @@ async fn majority_that_came_too_late_is_no_lock() {
     }
     assert!(!bench.store.quorum.holds(Cycle::of(2)));
     bench.hold(4).await;
+    for millis in [1, 2] {
+        let extended = bench
+            .acquire(4, AcquireKind::Extend, Duration::from_millis(millis))
+            .await;
+        assert!(matches!(extended, Err(StoreError::Unavailable(_))), "{extended:?}");
+    }
+}
+
+/// A pending release of the cycle may end the lease right after the node has extended it.
+#[tokio::test]
+async fn extension_at_a_node_with_a_pending_release_does_not_count() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    bench.nodes[2].mark_down("away");
+    assert!(is_granted(&bench.acquire(2, AcquireKind::Extend, TTL).await));
+    let release = Release {
+        key: key(),
+        cycle: Cycle::of(2),
+        requeue: None,
+        tokens: 4,
+        nobody_waits: false,
+        retire_until: None,
+    };
+    bench.nodes[1].add_pending_release(release, TTL);
+    let extended = bench.acquire(2, AcquireKind::Extend, TTL).await;
+    assert!(matches!(extended, Err(StoreError::Unavailable(_))), "{extended:?}");
+}
+
+/// The application's runtime runs nothing, so requests must not use its connections any more.
+#[tokio::test]
+async fn connections_of_the_application_are_given_up_at_all_nodes() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    bench.store.leave_app_runtime();
+    let cuts = [0, 1, 2].map(|node| bench.nodes[node].store.last_cut().is_some());
+    assert_eq!(cuts, [true; 3]);
 }
 
 /// Another manager got its tokens from another sequencer, whose counter is ahead of this one's.
