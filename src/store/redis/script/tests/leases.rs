@@ -126,6 +126,20 @@ fn request_behind_dead_waiters_is_granted_in_the_reply() {
     }
 }
 
+/// Its inbox was subscribed when it joined and is not any more, so it must not be skipped.
+#[test]
+fn waiter_that_lost_its_inbox_keeps_its_place() {
+    let bench = Bench::new();
+    let (me, behind) = (owner_tag(1, 2), owner_tag(2, 2));
+    bench.own(&owner_tag(3, 2), Some(100_000));
+    bench.server.command(&["ZADD", "queue", "5", &me, "6", &behind]);
+    for _ in 0..2 {
+        let reply = bench.acquire(&me, 100_000, "join");
+        assert_eq!((reply[0], &reply[4..]), (2, &[0, 0][..]));
+        assert_eq!(bench.state().1, [me.as_str(), "5.5", &behind, "6"]);
+    }
+}
+
 /// The owner has died, and the first that waits asks. The reply says how many wait behind it.
 #[test]
 fn head_of_the_queue_takes_a_free_key() {
