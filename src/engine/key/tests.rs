@@ -216,6 +216,17 @@ impl Bench {
             .1
     }
 
+    /// Releases a guard while a local task and other managers wait, so that the request in flight
+    /// requeues. Returns the cycle that it releases.
+    fn requeue(&mut self) -> (Cycle, Seen) {
+        self.rules.max_burst = 1;
+        let (id, cycle) = self.join_store_queue(10);
+        self.enqueue(1);
+        self.grant(grant(cycle, 11, 11));
+        let guard = self.guard(id);
+        (cycle, self.release_held(&guard))
+    }
+
     /// Checks that a release is repeated after its reply. If the repetition overtook the release, a
     /// guard would report that its lease was lost.
     #[track_caller]

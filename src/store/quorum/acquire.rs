@@ -146,7 +146,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             .nodes
             .iter()
             .for_each(|node| node.store.saw_token(slot, tokens.last()));
-        quorum.confirm(request.cycle);
+        quorum.confirm(request.cycle, Moment::now());
         return Ok(with(AcquireReply::Granted {
             tokens,
             queued,

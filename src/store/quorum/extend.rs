@@ -52,7 +52,7 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
                             .nodes
                             .iter()
                             .for_each(|node| node.store.saw_token(slot, tokens.last()));
-                        quorum.reconfirm(request.cycle);
+                        quorum.reconfirm(request.cycle, Moment::now());
                         let reply = AcquireReply::Granted {
                             tokens,
                             queued,

@@ -234,8 +234,7 @@ impl Quorum {
     }
 
     /// Records that a majority has confirmed the cycle's lease.
-    fn confirm(&self, cycle: Cycle) {
-        let now = Moment::now();
+    fn confirm(&self, cycle: Cycle, now: Moment) {
         let mut held = self.held.lock();
         held.insert(cycle, now);
         if held.len().is_multiple_of(HELD_BETWEEN_SWEEPS) {
@@ -244,9 +243,9 @@ impl Quorum {
     }
 
     /// Like [`confirm`](Self::confirm), for a reply that may arrive after its cycle was released.
-    fn reconfirm(&self, cycle: Cycle) {
+    fn reconfirm(&self, cycle: Cycle, now: Moment) {
         if let Some(confirmed) = self.held.lock().get_mut(&cycle) {
-            *confirmed = Moment::now();
+            *confirmed = now;
         }
     }
 

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::Quorum;
 use super::node::Node;
 use super::tally::{Tally, Vote, VoteState, is_majority_without};
+use crate::clock::Moment;
 use crate::protocol::{Release, RenewReply, Renewal};
 use crate::store::redis::claim::{Claim, ClaimKind};
 use crate::store::{LeaseStore, StoreError};
@@ -101,7 +102,7 @@ pub(super) async fn renew(
     for (lease, renewal) in leases.iter().zip(&batch) {
         match lease.tally.state() {
             VoteState::Won(_) => {
-                quorum.reconfirm(renewal.cycle);
+                quorum.reconfirm(renewal.cycle, Moment::now());
                 lease.lacking.iter().for_each(|node| restore(&quorum, node, renewal));
             }
             VoteState::Lost { .. } if lease.tally.is_refused() => drop(quorum.held.lock().remove(&renewal.cycle)),

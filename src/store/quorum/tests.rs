@@ -86,6 +86,22 @@ impl Bench {
         self
     }
 
+    fn set_votes(&self, nodes: &[usize], has: bool) {
+        nodes.iter().for_each(|&node| self.nodes[node].store.set_vote(has));
+    }
+
+    /// Once these nodes are found down, starts their servers again. They are used at once.
+    async fn come_back(&self, nodes: [usize; 2]) {
+        while nodes.iter().any(|&node| self.nodes[node].is_up()) {
+            tokio::task::yield_now().await;
+        }
+        for node in nodes {
+            self.servers[node].restart();
+            self.nodes[node].mark_up(self.nodes[node].downs());
+        }
+        self.set_votes(&nodes, true);
+    }
+
     fn set_counter(&self, node: usize, count: u64) {
         let name = self.nodes[node].store.counter_name(&key());
         self.servers[node].command(&["SET", &name, &count.to_string()]);

@@ -114,12 +114,7 @@ fn late_push_for_a_cycle_that_is_requeued_repeats_its_release_after_the_reply() 
     ];
     for push in pushes {
         let mut bench = Bench::new();
-        bench.rules.max_burst = 1;
-        let (id, cycle) = bench.join_store_queue(10);
-        bench.enqueue(1);
-        bench.grant(grant(cycle, 11, 11));
-        let guard = bench.guard(id);
-        let sent = bench.release_held(&guard);
+        let (cycle, sent) = bench.requeue();
         assert_eq!(push(&mut bench, cycle), NOTHING);
         bench.assert_repeated(&sent, Some(queued(20)));
     }

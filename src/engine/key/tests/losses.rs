@@ -290,12 +290,8 @@ fn a_failed_release_is_repeated_in_the_background() {
 #[test]
 fn a_failed_release_that_requeues_abandons_both_cycles() {
     let mut bench = Bench::new();
-    bench.rules.max_burst = 1;
-    let (id, cycle) = bench.join_store_queue(10);
-    bench.enqueue(1);
-    bench.grant(grant(cycle, 11, 11));
-    let guard = bench.guard(id);
-    let next = bench.release_held(&guard).releases().1.unwrap();
+    let (cycle, sent) = bench.requeue();
+    let next = sent.releases().1.unwrap();
     let seen = bench.failed(cycle);
     assert_eq!((seen.abandoned, seen.woken), (vec![cycle, next], vec![1]));
 }

@@ -109,16 +109,7 @@ async fn release_is_sent_again_until_a_majority_has_answered() {
     let bench = Bench::new().await.with_majority_limit(PATIENCE);
     bench.hold(2).await;
     [1, 2].iter().for_each(|&node| bench.servers[node].kill());
-    let come_back = async {
-        while bench.nodes[1..].iter().any(|node| node.is_up()) {
-            tokio::task::yield_now().await;
-        }
-        for node in [1, 2] {
-            bench.servers[node].restart();
-            bench.nodes[node].mark_up(bench.nodes[node].downs());
-        }
-    };
-    let (held, ()) = tokio::join!(bench.release(2), come_back);
+    let (held, ()) = tokio::join!(bench.release(2), bench.come_back([1, 2]));
     // The restarted nodes lack the lease, but the first attempt may have released it.
     assert!(held.unwrap());
     assert_eq!(bench.owner(0), None);
