@@ -13,6 +13,7 @@
 
 mod background;
 mod clock;
+mod connections;
 mod failover;
 mod faults;
 mod ledger;

@@ -1,10 +1,10 @@
-//! Requests in transit: two connections per manager. Each keeps its order, and may be slow, stall
-//! or break.
+//! Requests in transit: sent, executed by the store, and answered or not.
 
 use std::time::Duration;
 
 use super::background::Job;
 use super::clock::{Nanos, nanos};
+use super::connections::Fate;
 use super::world::{Event, Orphan, Part, World};
 use crate::clock::Moment;
 use crate::engine::min_holds::MinHolds;
@@ -15,30 +15,6 @@ use crate::error::{Failure, LockError};
 use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
 use crate::store::Priority;
 use crate::store::memory::Terms;
-
-/// A manager's connection of one lane, including the earlier connections that it replaced.
-#[derive(Debug, Default)]
-pub(super) struct Connection {
-    pub(super) generation: usize,
-    /// The newest connection that the manager knows of.
-    pub(super) noticed: usize,
-    /// The fate of the commands on each broken connection.
-    broken: Vec<Broken>,
-    /// Commands and replies keep their order.
-    last_arrival: Nanos,
-    last_reply: Nanos,
-    pub(super) stalled_until: Nanos,
-}
-
-/// The fate of the commands that were in transit when their connection broke.
-#[derive(Debug, Clone, Copy)]
-enum Broken {
-    /// Commands that would arrive after this moment are lost.
-    LostAfter(Nanos),
-    /// The network still has the next `left` commands and delivers them at this time. The others
-    /// were discarded by the operating system of the sender.
-    Late { at: Nanos, left: u32 },
-}
 
 /// The sender that waits for a reply.
 #[derive(Debug, Clone, Copy)]
@@ -69,12 +45,13 @@ pub(super) struct Lease {
 pub(super) struct InFlight {
     pub(super) m: usize,
     k: usize,
-    order: Order,
-    driver: Driver,
+    pub(super) order: Order,
+    pub(super) driver: Driver,
     /// The pending release that is sent.
     pub(super) orphan: Option<Orphan>,
-    lane: Priority,
-    attempts: u32,
+    pub(super) lane: Priority,
+    /// How often it was sent again because its connection broke.
+    pub(super) attempts: u32,
     sent_at: Moment,
     floor: u64,
 }
@@ -104,9 +81,6 @@ pub(super) enum Reply {
     Renewed(Vec<RenewReply>),
 }
 
-/// How often a request is resent after its connection broke, as in production.
-const RECONNECTS: u32 = 2;
-
 impl Order {
     /// Whether a script executes it, and not plain commands.
     fn is_script(&self) -> bool {
@@ -121,7 +95,7 @@ impl Order {
 }
 
 impl Driver {
-    const fn part(self) -> Part {
+    pub(super) const fn part(self) -> Part {
         match self {
             Self::Task(_) => Part::Tasks,
             Self::Background | Self::Orphans | Self::Watchdog => Part::Background,
@@ -162,7 +136,7 @@ impl World {
         request
     }
 
-    fn transmit(&mut self, request: u64) {
+    pub(super) fn transmit(&mut self, request: u64) {
         if let Some(&InFlight { m, lane, .. }) = self.in_flight.get(&request) {
             self.find_broken(m, lane);
         }
@@ -178,8 +152,7 @@ impl World {
         in_flight.sent_at = manager.clock.at(now);
         in_flight.floor = manager.floor.max(manager.seen[slot(k, distinct)]);
         let connection = &mut manager.lanes[in_flight.lane as usize];
-        connection.last_arrival = (now + delay).max(connection.last_arrival).max(connection.stalled_until);
-        let at = connection.last_arrival;
+        let at = connection.arrival(now + delay);
         let command = Command {
             request,
             m,
@@ -216,19 +189,12 @@ impl World {
         let Command { request, m, k, .. } = command;
         let now = self.now;
         let connection = &mut self.managers[m].lanes[command.lane as usize];
-        match connection.broken.get_mut(command.generation) {
-            Some(Broken::Late { at, left: 1.. }) if now < *at => {
-                let at = *at;
-                // All commands delivered at that time keep their order.
-                return self.outside(at, m, Event::Arrives(command));
-            }
-            Some(Broken::Late { left: left @ 1.., .. }) => {
-                *left -= 1;
-                self.stats.late += 1;
-            }
-            Some(Broken::LostAfter(moment)) if now <= *moment => {}
-            Some(_) => return self.note(|_| format!("m{m} k{k} #{request} is lost")),
-            None => {}
+        match connection.fate(command.generation, now) {
+            Fate::Arrives => {}
+            Fate::ArrivesLate => self.stats.late += 1,
+            // All commands delivered at that time keep their order.
+            Fate::Delayed(at) => return self.outside(at, m, Event::Arrives(command)),
+            Fate::Lost => return self.note(|_| format!("m{m} k{k} #{request} is lost")),
         }
         if command.is_unknown {
             let at = now + self.message_delay();
@@ -251,8 +217,7 @@ impl World {
         let delay = self.message_delay();
         let now = self.now;
         let connection = &mut self.managers[m].lanes[command.lane as usize];
-        connection.last_reply = (now + delay).max(connection.last_reply).max(connection.stalled_until);
-        let at = connection.last_reply;
+        let at = connection.reply_arrival(now + delay);
         let event = Event::Replies {
             request,
             lane: command.lane,
@@ -274,8 +239,7 @@ impl World {
         self.stats.unknown_scripts += 1;
         let at = self.now + self.message_delay();
         let connection = &mut self.managers[m].lanes[lane as usize];
-        connection.last_arrival = at.max(connection.last_arrival).max(connection.stalled_until);
-        let at = connection.last_arrival;
+        let at = connection.arrival(at);
         let is_unknown = false;
         self.outside(at, m, Event::Arrives(Command { is_unknown, ..command }));
     }
@@ -488,7 +452,7 @@ impl World {
     }
 
     /// There was no reply, or the reply reports that nothing was done.
-    fn unanswered(&mut self, in_flight: InFlight, why: Released) {
+    pub(super) fn unanswered(&mut self, in_flight: InFlight, why: Released) {
         let InFlight { m, k, sent_at, .. } = in_flight;
         if let Some(orphan) = in_flight.orphan {
             return self.orphan_ended(m, orphan, why);
@@ -540,71 +504,6 @@ impl World {
             Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => Some(cycle),
             Order::Renew(_) => None,
         }
-    }
-
-    /// A connection breaks. The commands on it are lost from some point on, and so are all replies.
-    pub(super) fn reset(&mut self, m: usize, lane: Priority) {
-        let now = self.now;
-        let broken = if !self.plan.ghosts || self.chance(0.4) {
-            Broken::LostAfter(now)
-        } else if self.chance(0.4) {
-            Broken::LostAfter(now + self.between(0, self.plan.slow_max))
-        } else {
-            Broken::Late {
-                at: now + self.between(0, nanos(self.plan.late_max())),
-                left: self.between(1, 4) as u32,
-            }
-        };
-        let manager = &mut self.managers[m];
-        manager.last_cut = Some(manager.clock.at(now));
-        let connection = &mut manager.lanes[lane as usize];
-        let generation = connection.generation;
-        connection.generation += 1;
-        connection.broken.push(broken);
-        (connection.last_arrival, connection.last_reply, connection.stalled_until) = (0, 0, 0);
-        self.note(|_| format!("m{m} the connection of the {lane:?} lane breaks"));
-        let waiting: Vec<(u64, Driver)> = self
-            .in_flight
-            .iter()
-            .filter(|(_, in_flight)| in_flight.m == m && in_flight.lane == lane)
-            .map(|(&request, in_flight)| (request, in_flight.driver))
-            .collect();
-        for (request, driver) in waiting {
-            // Some requests notice only when their time limit has passed.
-            if self.chance(0.8) {
-                let at = self.now + self.message_delay();
-                self.inside(at, m, driver.part(), Event::Breaks { request, generation });
-            }
-        }
-    }
-
-    /// Sends the request again on a new connection, as the store does.
-    pub(super) fn connection_breaks(&mut self, request: u64, generation: usize) {
-        let Some(&InFlight { m, lane, .. }) = self.in_flight.get(&request) else {
-            return;
-        };
-        let floor = self.server_time();
-        self.managers[m].floor = self.managers[m].floor.max(floor);
-        self.find_broken(m, lane);
-        let Some(in_flight) = self.in_flight.get_mut(&request) else {
-            return;
-        };
-        let manager = &self.managers[m];
-        debug_assert!(manager.lanes[in_flight.lane as usize].generation > generation);
-        in_flight.attempts += 1;
-        let is_renewal = matches!(in_flight.order, Order::Renew(_));
-        if in_flight.attempts > RECONNECTS || is_renewal {
-            if let Some(in_flight) = self.in_flight.remove(&request) {
-                self.unanswered(in_flight, Released::Unavailable);
-            }
-            return;
-        }
-        if let Order::Queue(Request::Acquire { kind, .. }) = &mut in_flight.order
-            && *kind == AcquireKind::Fast
-        {
-            *kind = AcquireKind::Enqueue;
-        }
-        self.transmit(request);
     }
 }
 

@@ -8,10 +8,11 @@ use rand::{Rng, SeedableRng};
 
 use super::background::Job;
 use super::clock::{DRIFT_MAX, LocalClock, Nanos};
+use super::connections::Connection;
 use super::failover::Replicas;
 use super::faults::Fault;
 use super::ledger::Ledger;
-use super::network::{Command, Connection, InFlight, Lease, Reply};
+use super::network::{Command, InFlight, Lease, Reply};
 use super::plan::Plan;
 use super::pushes::{Inbox, Subscription};
 use super::run::Stats;
