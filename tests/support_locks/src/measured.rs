@@ -32,4 +32,16 @@ impl Measured {
         let value = line.rsplit_once(' ').expect("a value").1;
         value.parse().expect("a number")
     }
+
+    /// The sum of all series with this name and this label.
+    pub fn sum(&self, name: &str, label: &str) -> f64 {
+        let page = self.page.render();
+        let series = page.lines().filter_map(|line| {
+            let (found, labels_and_value) = line.split_once('{')?;
+            let (labels, value) = labels_and_value.split_once("} ")?;
+            (found == name && labels.split(',').any(|one| one == label))
+                .then(|| value.parse::<f64>().expect("a number"))
+        });
+        series.sum()
+    }
 }
