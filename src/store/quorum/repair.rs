@@ -100,7 +100,8 @@ async fn probe_nodes(quorum: &Arc<Quorum>) {
     }
 }
 
-async fn probe_node(quorum: &Quorum, node: &Node) {
+/// Probes a node, and uses it again once it answers and has got its pending releases.
+pub(super) async fn probe_node(quorum: &Quorum, node: &Node) {
     let downs = node.downs();
     match timeout(quorum.node_limit, node.store.ping()).await {
         Ok(Ok(())) => {}
@@ -128,7 +129,7 @@ struct NoAnswer;
 
 /// Repeats the pending releases. Returns whether the node answered.
 pub(super) async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> bool {
-    repeat_releases(quorum, node).await;
+    repeat_releases(quorum, node, Moment::now()).await;
     let pending = stream::iter(node.pending_releases().into_iter().map(Ok));
     let finished = pending.try_for_each_concurrent(RELEASES_AT_A_TIME, async |(end, release)| {
         finish_release(quorum, node, end, &release).await
@@ -138,41 +139,41 @@ pub(super) async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> boo
 
 /// Repeats a pending release, unless its lease has run out, at `end`.
 async fn finish_release(quorum: &Quorum, node: &Node, end: Moment, release: &Release) -> Result<(), NoAnswer> {
-    let mut done = Moment::now() > end;
-    // The caller's connection carried what was sent for the cycle before; the background's works
-    // even if the application's runtime is gone.
-    for priority in [Priority::Foreground, Priority::Background] {
-        if !done {
-            match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
-                Ok(Ok(_)) => {
-                    node.released(release, quorum.newest_cycle(), quorum.max_ttl, Moment::now());
-                    done = true;
-                }
-                // Tried again until the lease has run out.
-                Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
-                Ok(Err(StoreError::Unavailable(_))) | Err(_) if priority == Priority::Background => {
-                    return Err(NoAnswer);
-                }
-                Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
-            }
+    if Moment::now() <= end {
+        // The caller's connection carried what was sent for the cycle before; the background's
+        // works even if the application's runtime is gone.
+        let is_done = match send_again(quorum, node, Priority::Foreground, release).await {
+            Err(NoAnswer) => send_again(quorum, node, Priority::Background, release).await?,
+            Ok(is_done) => is_done,
+        };
+        if !is_done {
+            // Tried again until the lease has run out.
+            return Ok(());
         }
+        node.released(release, quorum.newest_cycle(), quorum.max_ttl, Moment::now());
     }
-    if done {
-        node.remove_pending_release(release);
-    }
+    node.remove_pending_release(release);
     Ok(())
 }
 
-/// Repeats the releases after which a claim may have arrived. One without an answer is tried again
-/// with the next probe.
-async fn repeat_releases(quorum: &Quorum, node: &Node) {
-    while let Some(repeat) = node.due_repeat(Moment::now()) {
-        let releasing = node.store.release(Priority::Background, repeat.release.clone());
-        let released = timeout(quorum.node_limit, releasing).await;
-        if !matches!(released, Ok(Ok(_))) && Moment::now() < repeat.end {
+/// Returns whether the node executed the release; `false` if it refused it.
+async fn send_again(quorum: &Quorum, node: &Node, priority: Priority, release: &Release) -> Result<bool, NoAnswer> {
+    match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
+        Ok(Ok(_)) => Ok(true),
+        Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => Ok(false),
+        Ok(Err(StoreError::Unavailable(_))) | Err(_) => Err(NoAnswer),
+    }
+}
+
+/// Repeats the releases after which a claim may have arrived. One that the node did not execute is
+/// tried again with the next probe, until its lease has run out.
+pub(super) async fn repeat_releases(quorum: &Quorum, node: &Node, now: Moment) {
+    while let Some(repeat) = node.due_repeat(now) {
+        let sent = send_again(quorum, node, Priority::Background, &repeat.release).await;
+        if !matches!(sent, Ok(true)) && now < repeat.end {
             break;
         }
-        node.repeated(&repeat, Moment::now());
+        node.repeated(&repeat, now);
     }
 }
 

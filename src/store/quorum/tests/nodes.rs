@@ -4,17 +4,6 @@ use super::*;
 use crate::store::LATE_MAX;
 use crate::store::quorum::node::PENDING_RELEASES_MAX;
 
-fn release(cycle: u64) -> Release {
-    Release {
-        key: key(),
-        cycle: Cycle::of(cycle),
-        requeue: Some(Cycle::of(cycle + 2)),
-        tokens: 4,
-        nobody_waits: true,
-        retire_until: None,
-    }
-}
-
 #[tokio::test]
 async fn node_is_down_until_it_answers_a_probe_that_began_after_its_last_failure() {
     let bench = Bench::new().await;
@@ -126,18 +115,4 @@ async fn releases_to_repeat_are_limited() {
         Some(repeat)
     });
     assert_eq!(repeats.count(), PENDING_RELEASES_MAX);
-}
-
-#[tokio::test]
-async fn pending_release_whose_lease_has_run_out_is_not_sent() {
-    let bench = Bench::new().await;
-    let node = &bench.nodes[0];
-    node.add_pending_release(release(2), Duration::ZERO);
-    while Moment::now() <= node.pending_releases()[0].0 {}
-    bench.servers[0].kill();
-    assert!(repair::finish_pending_releases(&bench.store.quorum, node).await);
-    assert!(node.has_no_pending_releases());
-    node.add_pending_release(release(2), TTL * 100);
-    assert!(!repair::finish_pending_releases(&bench.store.quorum, node).await);
-    assert!(!node.has_no_pending_releases());
 }

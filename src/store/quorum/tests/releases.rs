@@ -115,6 +115,17 @@ async fn release_is_sent_again_until_a_majority_has_answered() {
     assert_eq!(bench.owner(0), None);
 }
 
+/// The request already has an answer of the other nodes, so it need not be sent to them again.
+#[tokio::test]
+async fn release_goes_on_with_the_next_sequencer() {
+    // A failed attempt is not repeated.
+    let bench = Bench::new().await.with_majority_limit(Duration::ZERO);
+    bench.hold(2).await;
+    bench.servers[0].kill();
+    assert!(bench.release(2).await.unwrap());
+    assert!(bench.nodes[0].has_pending_release(Cycle::of(2)));
+}
+
 /// Waiters are in the sequencer's queue alone.
 #[tokio::test]
 async fn renewal_reports_waiters_that_one_node_has() {
@@ -132,4 +143,46 @@ async fn renewal_reports_waiters_that_one_node_has() {
     let renewed = bench.renew(2).await;
     bench.servers[2].cont();
     assert_eq!(renewed, Some(RenewReply::Extended { has_waiters: true }));
+}
+
+/// A release beside a renewal may be executed after it.
+#[tokio::test]
+async fn renewal_counts_no_node_that_gets_a_release_meanwhile() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    let others = &bench.nodes[1..];
+    let add = || others.iter().for_each(|node| node.add_pending_release(release(2), TTL));
+    let remove = || others.iter().for_each(|node| node.remove_pending_release(&release(2)));
+    for is_pending_before in [true, false] {
+        if is_pending_before {
+            add();
+        }
+        let mut renewing = std::pin::pin!(bench.renew(2));
+        assert!(is_pending(renewing.as_mut()).await);
+        match is_pending_before {
+            true => remove(),
+            false => add(),
+        }
+        assert_eq!(renewing.await, None, "pending before: {is_pending_before}");
+        remove();
+    }
+    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { has_waiters: false }));
+}
+
+#[tokio::test]
+async fn renewal_does_not_wait_long_for_a_node_that_is_not_needed() {
+    let bench = Bench::new().await.with_node_limit(Duration::from_secs(2));
+    bench.hold(2).await;
+    bench.servers[2].stop();
+    let renewal = Renewal {
+        key: key(),
+        cycle: Cycle::of(2),
+        ttl: TTL,
+    };
+    // Half of it for a majority, and a quarter of that for the third node.
+    let limit = Duration::from_secs(8);
+    let renewed = tokio::time::timeout(limit * 3 / 8, bench.store.renew(vec![renewal], limit)).await;
+    bench.servers[2].cont();
+    let renewed = renewed.expect("the two others have answered").unwrap();
+    assert_eq!(renewed, [Some(RenewReply::Extended { has_waiters: false })]);
 }
