@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers soak chaos chaos-agent reverts mutants fuzz lint bench bench-peers clean
+.PHONY: help demo dashboard test test-servers soak chaos chaos-agent reverts mutants fuzz loom lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -76,6 +76,10 @@ mutants: cargo protoc ## Make every small change to the safety core, and check t
 	@cargo mutants --version >/dev/null 2>&1 || { echo "install it with: cargo install --locked cargo-mutants" >&2; exit 1; }
 	@$(with_server) && export SHARDLOCK_REDIS_SERVER && \
 	SIMULATION_SEEDS=0..200 cargo mutants --no-shuffle $(MUTANTS) && scripts/mutate-lua
+
+# Built apart from the rest, since the flag changes the library.
+loom: cargo protoc ## Execute what threads share outside the mutex of a key in every order.
+	RUSTFLAGS="--cfg shardlock_loom" CARGO_TARGET_DIR=$${CARGO_TARGET_DIR:-target}/loom cargo test --locked --lib -- models::
 
 lint: cargo protoc ## Check formatting, lints with each feature and with all, documentation, dependencies.
 	cargo fmt --all -- --check

@@ -40,6 +40,8 @@ mod mode;
 mod protocol;
 #[path = "../src/random.rs"]
 mod random;
+#[path = "../src/sync.rs"]
+mod sync;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;

@@ -1,6 +1,5 @@
 //! The part of a lease that guards see: how long it is certainly ours, and whether it was lost.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -8,6 +7,7 @@ use tokio::sync::Notify;
 use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::protocol::Cycle;
+use crate::sync::{AtomicU8, AtomicU64, Ordering};
 
 /// One cycle's hold of a key. Shared by the queue, which extends and ends it, and by the guards
 /// under it.
@@ -190,5 +190,69 @@ mod tests {
         let both = async { tokio::join!(waiting, losing) };
         tokio::time::timeout(Duration::from_secs(20), both).await.unwrap();
         assert_eq!(lease.lost().await, LossReason::Taken, "it is known already");
+    }
+}
+
+#[cfg(all(test, shardlock_loom))]
+mod models {
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+
+    const TTL: Duration = Duration::from_nanos(1_000);
+
+    fn at(nanos: u64) -> Moment {
+        Moment::from_nanos(nanos)
+    }
+
+    fn beside(lease: &Arc<Lease>, act: impl FnOnce(&Lease) + 'static) -> thread::JoinHandle<()> {
+        let lease = Arc::clone(lease);
+        thread::spawn(move || act(&lease))
+    }
+
+    /// A late reply to a renewal may be processed while the lease is ended.
+    #[test]
+    fn loss_that_was_seen_is_not_undone_by_an_extension() {
+        loom::model(|| {
+            let lease = Arc::new(Lease::new(Cycle::of(2), at(1_000), TTL));
+            let losing = beside(&lease, |lease| lease.lose(LossReason::Taken));
+            let extending = beside(&lease, |lease| lease.extend(at(2_000), TTL));
+            if lease.loss().is_some() {
+                assert_eq!(lease.loss_at(at(500)), Some(LossReason::Taken));
+                assert_eq!(lease.remaining(at(500)), Duration::ZERO);
+            }
+            losing.join().unwrap();
+            extending.join().unwrap();
+            assert_eq!(lease.loss_at(at(500)), Some(LossReason::Taken));
+        });
+    }
+
+    #[test]
+    fn of_two_reasons_the_one_that_was_seen_stays() {
+        loom::model(|| {
+            let lease = Arc::new(Lease::new(Cycle::of(2), at(1_000), TTL));
+            let one = beside(&lease, |lease| lease.lose(LossReason::Taken));
+            let other = beside(&lease, |lease| lease.lose(LossReason::Closed));
+            let seen = lease.loss();
+            one.join().unwrap();
+            other.join().unwrap();
+            assert!(lease.loss().is_some() && (seen.is_none() || lease.loss() == seen));
+        });
+    }
+
+    /// Two renewals may be answered at the same time.
+    #[test]
+    fn validity_that_was_seen_never_decreases() {
+        loom::model(|| {
+            let lease = Arc::new(Lease::new(Cycle::of(2), at(1_000), TTL));
+            let one = beside(&lease, |lease| lease.extend(at(3_000), TTL));
+            let other = beside(&lease, |lease| lease.extend(at(2_000), TTL));
+            let seen = [lease.valid_until(), lease.valid_until()];
+            assert!(seen[0] <= seen[1]);
+            one.join().unwrap();
+            other.join().unwrap();
+            assert_eq!(lease.valid_until(), at(3_000));
+        });
     }
 }

@@ -380,6 +380,7 @@ mod span;
 #[cfg(feature = "sqlx")]
 mod sqlx;
 mod store;
+mod sync;
 mod telemetry;
 mod text;
 mod time_limit;

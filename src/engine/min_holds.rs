@@ -11,12 +11,10 @@
 //! its time has passed. There are thus at most as many records as leases held and releases pending.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use parking_lot::Mutex;
 
 use crate::clock::Moment;
 use crate::protocol::Cycle;
+use crate::sync::{AtomicUsize, Mutex, Ordering};
 
 /// See the module documentation.
 #[derive(Debug, Default)]
@@ -115,5 +113,34 @@ mod tests {
         }
         let count = holds.records.lock().until.len();
         assert!(count <= PRUNE_AT_MIN + 1, "{count}");
+    }
+}
+
+#[cfg(all(test, shardlock_loom))]
+mod models {
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+
+    const NOW: Moment = Moment::from_nanos(0);
+    const END: Moment = Moment::from_nanos(1_000);
+
+    /// A release reads the number of records without the mutex. It must not miss its own.
+    #[test]
+    fn record_is_found_while_others_are_made_and_forgotten() {
+        loom::model(|| {
+            let holds = Arc::new(MinHolds::default());
+            holds.record(Cycle::of(4), END, NOW);
+            let other = {
+                let holds = Arc::clone(&holds);
+                thread::spawn(move || holds.forget(Cycle::of(4)))
+            };
+            holds.record(Cycle::of(2), END, NOW);
+            assert_eq!(holds.until(Cycle::of(2), NOW), Some(END));
+            other.join().unwrap();
+            assert_eq!(holds.until(Cycle::of(2), NOW), Some(END));
+            assert_eq!(holds.until(Cycle::of(4), NOW), None);
+        });
     }
 }
