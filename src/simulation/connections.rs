@@ -1,5 +1,5 @@
-//! The connections of the managers, two each. Each keeps the order of its commands, and may be slow,
-//! stall or break.
+//! The connections of the managers, two each. Each keeps the order of its commands, and may be
+//! slow, stall or break.
 
 use super::clock::{Nanos, nanos};
 use super::network::{Driver, InFlight, Order};
