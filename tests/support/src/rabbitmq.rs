@@ -21,6 +21,9 @@ const INSTALLED: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 /// Erlang loads several hundred modules first, which takes seconds on an idle machine.
 const START: Duration = PATIENCE.saturating_mul(6);
 
+/// How long a new connection waits for an answer before another one is opened.
+const ANSWER: Duration = Duration::from_secs(2);
+
 /// Path of the program: `SHARDLOCK_RABBITMQ`, the one that a package has installed, or the one on
 /// the `PATH`.
 pub fn binary() -> PathBuf {
@@ -118,6 +121,7 @@ fn answers(port: u16) -> bool {
     let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else {
         return false;
     };
-    stream.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+    // A connection of the first moments may never get an answer.
+    stream.set_read_timeout(Some(ANSWER)).expect("set a time limit");
     stream.write_all(b"AMQP\x00\x00\x09\x01").is_ok() && stream.read_exact(&mut [0]).is_ok()
 }

@@ -18,7 +18,8 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use lapin::message::Delivery;
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicPublishOptions, BasicQosOptions, QueueDeclareOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+    QueueDeclareOptions,
 };
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
@@ -48,13 +49,18 @@ async fn main() -> Result<(), BoxError> {
     }
 }
 
+/// Returns once the broker has confirmed all orders. Without confirmations, those that were on
+/// their way when the program ended would be lost.
 async fn publish(channel: &Channel, orders: &[String]) -> Result<(), BoxError> {
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
     for order in orders.chunks_exact(2) {
         let message = order.join(" ");
         let options = BasicPublishOptions::default();
         let properties = BasicProperties::default();
         let sent = channel.basic_publish("".into(), QUEUE.into(), options, message.as_bytes(), properties);
-        sent.await?.await?;
+        if !sent.await?.await?.is_ack() {
+            return Err(format!("the broker did not take the order {message:?}").into());
+        }
     }
     Ok(())
 }
