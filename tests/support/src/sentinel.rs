@@ -98,6 +98,16 @@ impl Watched {
         &self.servers
     }
 
+    /// Sets the time after which an unresponsive server is considered down.
+    #[track_caller]
+    pub fn consider_down_after(&self, period: Duration) {
+        let period = period.as_millis().to_string();
+        for sentinel in &self.sentinels {
+            let words = ["SENTINEL", "SET", NAME, "down-after-milliseconds", &period];
+            let _: String = sentinel.try_query(&words).expect("SENTINEL SET");
+        }
+    }
+
     /// Sets the period at which sentinels publish their view.
     pub fn publish_every(&self, period: Duration) {
         for sentinel in &self.sentinels {

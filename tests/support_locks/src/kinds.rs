@@ -11,6 +11,7 @@ use shardlock::config::Builder;
 #[cfg(feature = "etcd")]
 use support::etcd::{Etcd, LEASE_MIN};
 use support::sentinel::Watched;
+use support::wait::PATIENCE;
 use support::{ClientType, Cluster, Quorum, RedisServer, directory, quorum};
 
 use super::SHORT_TTL;
@@ -122,7 +123,12 @@ impl Kind {
         match self {
             Self::Memory => Arc::new(Memory),
             Self::Redis => Arc::new(RedisServer::start()),
-            Self::Sentinel => Arc::new(Watched::start(1)),
+            Self::Sentinel => {
+                let watched = Watched::start(1);
+                // A busy machine must not cause a failover. Tests of failovers start their own.
+                watched.consider_down_after(PATIENCE);
+                Arc::new(watched)
+            }
             Self::Cluster => Arc::new(Cluster::start(3, 0)),
             Self::Redlock => Arc::new(Quorum::start(5)),
             #[cfg(feature = "etcd")]
