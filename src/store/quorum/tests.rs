@@ -42,6 +42,14 @@ fn release(cycle: u64) -> Release {
     }
 }
 
+fn renewal(cycle: Cycle) -> Renewal {
+    Renewal {
+        key: key(),
+        cycle,
+        ttl: TTL,
+    }
+}
+
 /// A quorum of three, in the order in which they are the key's sequencer. All have a vote.
 struct Bench {
     store: QuorumStore,
@@ -149,12 +157,7 @@ impl Bench {
     }
 
     async fn renew_as(&self, cycle: Cycle) -> Option<RenewReply> {
-        let renewal = Renewal {
-            key: key(),
-            cycle,
-            ttl: TTL,
-        };
-        self.store.renew(vec![renewal], TTL).await.unwrap()[0]
+        self.store.renew(vec![renewal(cycle)], TTL).await.unwrap()[0]
     }
 
     /// The owner of the lease at that node.

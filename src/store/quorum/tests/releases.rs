@@ -169,20 +169,29 @@ async fn renewal_counts_no_node_that_gets_a_release_meanwhile() {
     assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { has_waiters: false }));
 }
 
+/// Of this, half is for a majority, and a quarter of that for the nodes that are not needed.
+const LIMIT: Duration = Duration::from_secs(8);
+
 #[tokio::test]
 async fn renewal_does_not_wait_long_for_a_node_that_is_not_needed() {
-    let bench = Bench::new().await.with_node_limit(Duration::from_secs(2));
+    let bench = Bench::new().await.with_node_limit(LIMIT / 4);
     bench.hold(2).await;
     bench.servers[2].stop();
-    let renewal = Renewal {
-        key: key(),
-        cycle: Cycle::of(2),
-        ttl: TTL,
-    };
-    // Half of it for a majority, and a quarter of that for the third node.
-    let limit = Duration::from_secs(8);
-    let renewed = tokio::time::timeout(limit * 3 / 8, bench.store.renew(vec![renewal], limit)).await;
+    let renewed = tokio::time::timeout(LIMIT * 3 / 8, bench.store.renew(vec![renewal(Cycle::of(2))], LIMIT)).await;
     bench.servers[2].cont();
     let renewed = renewed.expect("the two others have answered").unwrap();
     assert_eq!(renewed, [Some(RenewReply::Extended { has_waiters: false })]);
+}
+
+#[tokio::test]
+async fn renewal_waits_for_a_slow_majority() {
+    let bench = Bench::new().await.with_node_limit(LIMIT / 4);
+    bench.hold(2).await;
+    [1, 2].iter().for_each(|&node| bench.servers[node].stop());
+    let slow = async {
+        tokio::time::sleep(LIMIT * 3 / 16).await;
+        [1, 2].iter().for_each(|&node| bench.servers[node].cont());
+    };
+    let (renewed, ()) = tokio::join!(bench.store.renew(vec![renewal(Cycle::of(2))], LIMIT), slow);
+    assert_eq!(renewed.unwrap(), [Some(RenewReply::Extended { has_waiters: false })]);
 }

@@ -105,6 +105,18 @@ async fn release_is_repeated_until_the_node_has_executed_it_or_its_lease_has_run
     assert!(node.due_repeat(left.end).is_none());
 }
 
+#[tokio::test]
+async fn nodes_that_are_down_are_probed_until_they_answer() {
+    let bench = Bench::new().await;
+    let (pushes, _received) = mpsc::unbounded_channel();
+    let worker = tokio::spawn(repair::run(Arc::clone(&bench.store.quorum), pushes));
+    for node in &bench.nodes {
+        node.mark_down("away");
+        eventually("it is up", PATIENCE, || node.is_up()).await;
+    }
+    worker.abort();
+}
+
 /// While the application's runtime is blocked, its connections carry nothing. The first probe gives
 /// them up, and the next one finds new ones.
 #[test]
