@@ -617,11 +617,15 @@ fn as_in_a_cluster(command: Command) -> Command {
     }
 }
 
-fn compare(url: &str, in_cluster: bool) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .unwrap();
+        .unwrap()
+}
+
+fn compare(url: &str, in_cluster: bool) {
+    let runtime = runtime();
     let pair = runtime.block_on(Pair::new(url, in_cluster));
     let pair = std::cell::RefCell::new(pair);
     // More of them than usual: PROPTEST_CASES.
@@ -656,6 +660,55 @@ fn with_a_large_stack(comparison: impl FnOnce() + Send) {
         if let Err(panic) = comparing.unwrap().join() {
             std::panic::resume_unwind(panic);
         }
+    });
+}
+
+/// A node of a quorum that was the sequencer before may still have a claimed cycle in its queue. It
+/// was served once more when it was released: a grant was pushed for a lease that was then deleted.
+#[test]
+fn released_cycle_that_is_still_queued_is_not_served_again() {
+    let server = RedisServer::start();
+    let (lock, terms) = (
+        Lock {
+            manager: 0,
+            key: 0,
+            cycle: 4,
+        },
+        Given {
+            ttl: Duration::from_secs(100),
+            tokens: 1,
+            floor: 0,
+        },
+    );
+    let commands = [
+        Command::Put {
+            key: 0,
+            owner: "another-library".to_owned(),
+            ttl: None,
+        },
+        Command::Acquire {
+            lock,
+            kind: AcquireKind::Enqueue,
+            terms,
+        },
+        Command::Delete { key: 0 },
+        Command::Claim {
+            lock,
+            kind: ClaimKind::Take,
+            at_least: 0,
+            terms,
+        },
+        Command::Release {
+            lock,
+            requeue: None,
+            terms,
+        },
+    ];
+    with_a_large_stack(|| {
+        let runtime = runtime();
+        let mut pair = runtime.block_on(Pair::new(&server.url(), false));
+        runtime.block_on(pair.compare(&commands)).unwrap();
+        assert_eq!(pair.core.owners(&pair.keys[0], Moment::default()), [""; 0]);
     });
 }
 

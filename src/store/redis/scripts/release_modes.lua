@@ -2,10 +2,12 @@
 local me, next = ARGV[1], ARGV[6]
 n, floor, channel, key = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local held = is_held(me)
+-- A node of a quorum that was the sequencer before may still have a claimed cycle in its queue.
+if waiting > 0 and (not held or permits(me)) then
+  waiting = waiting - redis.call('ZREM', KEYS[2], me)
+end
 if held then
   remove(me)
-elseif waiting > 0 then
-  waiting = waiting - redis.call('ZREM', KEYS[2], me)
 end
 local ours = held and 1 or 0
 if next == '' then
