@@ -266,6 +266,7 @@ impl Pair {
         for inbox in self.stores[manager].inboxes(&self.keys) {
             self.on_channel(verb, &inbox).await;
         }
+        self.stores[manager].inboxes_changed();
     }
 
     /// What the server has pushed so far, and to which manager.

@@ -25,6 +25,14 @@ pub(super) struct Commands {
     inboxes: Inboxes,
 }
 
+/// Whether the script must check that the server counts the subscription of this manager's inbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum InboxCheck {
+    Needed,
+    /// It counted it a moment ago.
+    Unneeded,
+}
+
 /// Where managers receive notifications.
 #[derive(Debug)]
 enum Inboxes {
@@ -90,18 +98,18 @@ impl Commands {
     }
 
     /// The keys and arguments of acquire.lua.
-    pub(super) fn fill_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
+    pub(super) fn fill_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64, inbox: InboxCheck) {
         self.write_keys(command, &request.key);
-        self.write_acquire(command, request, floor);
+        self.write_acquire(command, request, floor, inbox);
     }
 
     /// The keys and arguments of acquire_modes.lua.
     pub(super) fn fill_acquire_modes(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
         self.write_keys_and_holders(command, &request.key);
-        self.write_acquire(command, request, floor);
+        self.write_acquire(command, request, floor, InboxCheck::Needed);
     }
 
-    fn write_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
+    fn write_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64, inbox: InboxCheck) {
         let &Acquire {
             ref key,
             cycle,
@@ -112,6 +120,7 @@ impl Commands {
         self.write_owner_tag(command, cycle);
         command.arg(millis(ttl)).arg(tokens).arg(floor);
         command.arg(match kind {
+            AcquireKind::Enqueue if inbox == InboxCheck::Unneeded => "known",
             AcquireKind::Enqueue => "join",
             AcquireKind::Fast | AcquireKind::Try => "try",
             AcquireKind::Extend => "extend",

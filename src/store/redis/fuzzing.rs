@@ -240,25 +240,32 @@ fn acquire_reply(reply: AcquireReply, asked: u32) {
 
 /// The reply as a script writes it, after some other numbers.
 fn as_written(reply: AcquireReply, before: &[i64]) -> Value {
-    let number = |number: u64| i64::try_from(number).unwrap();
-    let numbers = match reply {
+    let number = |number: u64| Value::Int(number.try_into().unwrap());
+    let flag = |flag: bool| Value::Int(flag.into());
+    let values = match reply {
         AcquireReply::Granted {
             tokens,
             queued,
             extended,
-        } => vec![1, number(tokens.last()), number(queued), extended.into()],
+        } => vec![Value::Int(1), number(tokens.last()), number(queued), flag(extended)],
         AcquireReply::Queued(position) => vec![
-            2,
+            Value::Int(2),
             number(position.enqueue_token),
-            position.owner_ttl.map_or(-1, |ttl| number(ttl.as_millis() as u64)),
-            position.owner_foreign.into(),
+            position
+                .owner_ttl
+                .map_or(Value::Int(-1), |ttl| number(ttl.as_millis() as u64)),
+            if position.owner_foreign {
+                Value::BulkString(b"another library".to_vec())
+            } else {
+                Value::Nil
+            },
             number(position.ahead),
-            position.is_subscribed.into(),
+            flag(position.is_subscribed),
         ],
-        AcquireReply::Busy => vec![0],
+        AcquireReply::Busy => vec![Value::Int(0)],
         AcquireReply::Taken => panic!("no script replies that"),
     };
-    Value::Array(before.iter().copied().chain(numbers).map(Value::Int).collect())
+    Value::Array(before.iter().copied().map(Value::Int).chain(values).collect())
 }
 
 /// Error replies of servers, and answers of other services at a server's address.

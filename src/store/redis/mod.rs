@@ -56,6 +56,9 @@ pub(crate) trait Compared: super::LeaseStore {
     /// The channels on which the store's manager is notified about these keys.
     fn inboxes(&self, keys: &[crate::key::LockKey]) -> Vec<String>;
 
+    /// The caller has subscribed to these channels, or has unsubscribed.
+    fn inboxes_changed(&self) {}
+
     /// Claims a lease, as on a node of a quorum. Only a primary can be one.
     fn claim(&self, claim: claim::Claim) -> super::StoreFuture<claim::Claimed> {
         panic!("a cluster is no node of a quorum: {claim:?}")

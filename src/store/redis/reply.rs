@@ -114,23 +114,36 @@ pub(super) fn role(value: &Value) -> Result<Role, StoreError> {
     read().ok_or_else(|| unexpected("ROLE", value))
 }
 
-fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
-    Some(match *numbers {
-        [0] => AcquireReply::Busy,
-        [1, last, queued, extended] => AcquireReply::Granted {
-            tokens: TokenBlock::ending_at(last.try_into().ok()?, tokens),
-            queued: queued.try_into().ok()?,
-            extended: extended == 1,
+fn acquire_reply(values: &[Value], tokens: u32) -> Option<AcquireReply> {
+    Some(match values {
+        [Value::Int(0)] => AcquireReply::Busy,
+        [Value::Int(1), last, queued, extended] => AcquireReply::Granted {
+            tokens: TokenBlock::ending_at(as_int(last)?.try_into().ok()?, tokens),
+            queued: as_int(queued)?.try_into().ok()?,
+            extended: as_int(extended)? == 1,
         },
-        [2, mark, left, foreign, ahead, reached] => AcquireReply::Queued(QueuePosition {
-            enqueue_token: mark.try_into().ok()?,
-            owner_ttl: u64::try_from(left).ok().map(Duration::from_millis),
-            owner_foreign: foreign == 1,
-            ahead: ahead.try_into().ok()?,
-            is_subscribed: reached == 1,
+        [Value::Int(2), mark, left, owner, ahead, reached] => AcquireReply::Queued(QueuePosition {
+            enqueue_token: as_int(mark)?.try_into().ok()?,
+            owner_ttl: u64::try_from(as_int(left)?).ok().map(Duration::from_millis),
+            owner_foreign: is_foreign(owner)?,
+            ahead: as_int(ahead)?.try_into().ok()?,
+            is_subscribed: as_int(reached)? == 1,
         }),
         _ => return None,
     })
+}
+
+/// Whether another library wrote the owner of a lease. It is null if it is known to be a manager,
+/// and cut off if it is longer than every owner tag.
+pub(super) fn is_foreign(owner: &Value) -> Option<bool> {
+    match owner {
+        Value::Nil => Some(false),
+        Value::BulkString(owner) => {
+            let owner = std::str::from_utf8(owner).ok();
+            Some(owner.and_then(parse_owner_tag).is_none())
+        }
+        _ => None,
+    }
 }
 
 /// Whether the script of an exclusive cycle did nothing, since shared holders or permits are
@@ -141,9 +154,11 @@ pub(super) fn concerns_modes(value: &Value) -> bool {
 
 /// The reply of the acquire script, which was asked for this number of tokens.
 pub(super) fn acquired(value: &Value, tokens: u32) -> Result<AcquireReply, StoreError> {
-    ints(value)
-        .and_then(|numbers| acquire_reply(&numbers, tokens))
-        .ok_or_else(|| unexpected("acquire", value))
+    let read = || match value {
+        Value::Array(values) => acquire_reply(values, tokens),
+        _ => None,
+    };
+    read().ok_or_else(|| unexpected("acquire", value))
 }
 
 /// The replies of the fast path: `SET ... NX` and `INCRBY`.
@@ -165,15 +180,15 @@ pub(super) fn acquired_fast(replies: &[Value], tokens: u32) -> Result<AcquireRep
 /// The reply of the release script; `requeued` states whether the request asked to enqueue again.
 pub(super) fn released(value: &Value, requeued: bool, tokens: u32) -> Result<ReleaseReply, StoreError> {
     let read = || {
-        let numbers = ints(value)?;
-        let (held, rest) = numbers.split_first()?;
+        let Value::Array(values) = value else { return None };
+        let (held, rest) = values.split_first()?;
         let requeued = if requeued {
             Some(acquire_reply(rest, tokens)?)
         } else {
             None
         };
         Some(ReleaseReply {
-            held: *held == 1,
+            held: as_int(held)? == 1,
             requeued,
         })
     };

@@ -208,31 +208,46 @@ macro_rules! script {
     };
 }
 
+/// The scripts that differ between a single primary and a cluster. A script defines first what its
+/// most frequent requests need, since defining a function costs time in each call.
+macro_rules! scripts_for {
+    ($kind:literal) => {
+        [
+            script!(
+                $kind,
+                "constants",
+                "extend",
+                "acquire_own",
+                "queue",
+                "acquire_behind",
+                "pass_on",
+                "common",
+                "acquire"
+            ),
+            script!(
+                $kind,
+                "constants",
+                "pass_on",
+                "release_own",
+                "extend",
+                "queue",
+                "common",
+                "release"
+            ),
+            script!($kind, "constants", "queue", "modes", "acquire_modes"),
+            script!($kind, "constants", "queue", "modes", "release_modes"),
+            script!($kind, "retire"),
+        ]
+    };
+}
+
 impl Scripts {
     pub(super) fn for_a_primary(namespace: &str) -> Self {
-        Self::of(
-            [
-                script!("single", "extend", "acquire_own", "queue", "common", "acquire"),
-                script!("single", "extend", "queue", "common", "release"),
-                script!("single", "queue", "modes", "acquire_modes"),
-                script!("single", "queue", "modes", "release_modes"),
-                script!("single", "retire"),
-            ],
-            namespace,
-        )
+        Self::of(scripts_for!("single"), namespace)
     }
 
     pub(super) fn for_a_cluster(namespace: &str) -> Self {
-        Self::of(
-            [
-                script!("cluster", "extend", "acquire_own", "queue", "common", "acquire"),
-                script!("cluster", "extend", "queue", "common", "release"),
-                script!("cluster", "queue", "modes", "acquire_modes"),
-                script!("cluster", "queue", "modes", "release_modes"),
-                script!("cluster", "retire"),
-            ],
-            namespace,
-        )
+        Self::of(scripts_for!("cluster"), namespace)
     }
 
     fn of(own: [&'static str; 5], namespace: &str) -> Self {

@@ -2,6 +2,7 @@
 
 use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
 
+use super::super::commands::InboxCheck;
 use super::super::map;
 use super::super::replica_ack::ReplicaWait;
 use super::super::reply::{concerns_modes, inspected};
@@ -43,7 +44,7 @@ impl NodePool {
             return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
         }
         if is_exclusive {
-            let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor);
+            let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Needed);
             let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
             if !concerns_modes(&node_reply.value) {
                 return Ok(node_reply);

@@ -11,6 +11,7 @@ use super::super::client::Purpose;
 use super::super::connection::{Driver, InFlightGuard};
 use super::Shared;
 use super::dial::{Dialer, Opened};
+use super::known_inbox::KnownInbox;
 use crate::store::StoreError;
 use crate::store::connecting::Connecting;
 
@@ -42,6 +43,7 @@ pub(super) struct Live {
     /// How often the primary had changed when the connection was opened. Replies to requests sent
     /// before a later switch come from the old primary and must be discarded.
     pub(super) switches: u64,
+    pub(super) known_inbox: Arc<KnownInbox>,
 }
 
 impl Link {
@@ -100,6 +102,7 @@ impl Link {
             connection: opened.connection,
             generation,
             switches: opened.switches,
+            known_inbox: Arc::default(),
         };
         let mut current = self.current.lock();
         // Under the mutex: a switch reported after this check finds the new connection here.

@@ -38,6 +38,7 @@ mod failover;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
 mod health;
+mod known_inbox;
 mod link;
 mod renewals;
 mod send;
@@ -85,6 +86,7 @@ use background::BackgroundLinks;
 use checked::{Borrowed, Checked, PrimaryOpener, PrimaryPool};
 use discovery::Discovery;
 use failover::FailoverEvents;
+use known_inbox::InboxState;
 use link::Link;
 use renewals::CallShape;
 use send::ReleaseBy;
@@ -113,6 +115,7 @@ pub(super) struct Shared {
     era: AtomicU64,
     /// Wakes the listener to check that the server that executes commands knows the inbox.
     inbox_check: Notify,
+    inbox: InboxState,
     commands: Commands,
     map: StoredMap,
     timeout: Duration,
@@ -177,6 +180,7 @@ impl RedisStore {
             commands,
             era: AtomicU64::new(0),
             inbox_check: Notify::new(),
+            inbox: InboxState::default(),
             timeout: options.timeout,
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,

@@ -7,8 +7,10 @@ use deadpool_redis::redis::{Cmd, RedisResult, Value};
 use super::Shared;
 use super::checked::Borrowed;
 use super::link::{Link, Live};
+use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Release};
+use crate::store::redis::commands::InboxCheck;
 use crate::store::redis::replica_ack::ReplicaAck;
 use crate::store::redis::reply::{acquired, acquired_fast, concerns_modes, inspected};
 use crate::store::{KeyState, StoreError};
@@ -45,10 +47,22 @@ impl Shared {
             return Ok(acquired_fast(&replies, request.tokens));
         }
         if is_exclusive {
-            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+            let (state, now) = (self.inbox.now(), Moment::now());
+            let inbox = match live.known_inbox.is_valid(state, now) {
+                true => InboxCheck::Unneeded,
+                false => InboxCheck::Needed,
+            };
+            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor, inbox);
             let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
             if !concerns_modes(&value) {
-                return Ok(acquired(&value, request.tokens));
+                let reply = acquired(&value, request.tokens);
+                if inbox == InboxCheck::Needed
+                    && let Ok(AcquireReply::Queued(position)) = &reply
+                    && position.is_subscribed
+                {
+                    live.known_inbox.seen(state, now);
+                }
+                return Ok(reply);
             }
         }
         let fill = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
@@ -76,7 +90,7 @@ impl Shared {
             (acquired_fast(&replies, request.tokens), acked)
         } else {
             let (connection, scripts, wait) = (&mut live.connection, &self.scripts, wait.command());
-            let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+            let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor, InboxCheck::Needed);
             let all_modes = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
             let mut call = None;
             if is_exclusive {

@@ -47,4 +47,8 @@ impl Compared for RedisStore {
     fn inboxes(&self, _keys: &[LockKey]) -> Vec<String> {
         vec![self.shared.commands.names.inbox(&self.shared.commands.manager)]
     }
+
+    fn inboxes_changed(&self) {
+        self.shared.inbox.changed();
+    }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use redis::{FromRedisValue, Value};
 use support::RedisServer;
 
+use super::super::reply::is_foreign;
 use super::{LuaScript, MARKER, Scripts};
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
@@ -103,7 +104,7 @@ impl Bench {
     /// An acquire by the script for exclusive cycles.
     fn acquire(&self, owner_tag: &str, ttl: u64, how: &str) -> Vec<i64> {
         let args = [owner_tag, &ttl.to_string(), "1", "0", how, "inbox:", "key"];
-        self.call(self.scripts.acquire.text(), &["lease", "queue", "counter"], &args)
+        numbers(self.call(self.scripts.acquire.text(), &["lease", "queue", "counter"], &args))
     }
 
     /// An acquire that enqueues if the key is taken.
@@ -115,12 +116,12 @@ impl Bench {
     /// A release by the script for exclusive cycles, which enqueues `next` unless it is empty.
     fn release(&self, owner_tag: &str, next: &str) -> Vec<i64> {
         let args = [owner_tag, "1", "0", "inbox:", "key", next];
-        self.call(self.scripts.release.text(), &["lease", "queue", "counter"], &args)
+        numbers(self.call(self.scripts.release.text(), &["lease", "queue", "counter"], &args))
     }
 
-    /// Calls a script for all modes, which replies with numbers.
+    /// Calls a script for all modes.
     fn call_modes(&self, script: &LuaScript, args: &[&str]) -> Vec<i64> {
-        self.call(script.text(), &["lease", "queue", "counter", "holders"], args)
+        numbers(self.call(script.text(), &["lease", "queue", "counter", "holders"], args))
     }
 
     /// An acquire by the script for all modes.
@@ -193,6 +194,15 @@ impl Bench {
             "{key}: {left} of {expected}"
         );
     }
+}
+
+/// The numbers of a reply. The owner is 1 if it is foreign, otherwise 0.
+fn numbers(reply: Vec<Value>) -> Vec<i64> {
+    let number = |value| match value {
+        Value::Int(number) => number,
+        owner => is_foreign(&owner).unwrap().into(),
+    };
+    reply.into_iter().map(number).collect()
 }
 
 fn owner_tag(manager: u64, cycle: u64) -> String {

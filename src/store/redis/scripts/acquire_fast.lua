@@ -8,4 +8,4 @@ if redis.call('EXISTS', KEYS[2]) == 1
   or not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
   return {0}
 end
-return {1, reserve(tonumber(ARGV[3]), tonumber(ARGV[4])), 0, 0}
+return {1, reserve(ARGV[3], tonumber(ARGV[4])), 0, 0}

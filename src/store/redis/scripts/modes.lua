@@ -38,7 +38,7 @@ waiting = redis.call('ZCARD', KEYS[2])
 -- Whether the lease must be brought in line with the holders, by finish().
 local changed = false
 -- A holder that has left. It stays in the set until finish(), so that the set is not missing
--- meanwhile: see pass_on() in common.lua.
+-- meanwhile: see pass_on() in pass_on.lua.
 local leaving
 -- The grants to publish: the inbox, the cycle and the largest token of each.
 local grants = {}
@@ -233,7 +233,7 @@ local function enqueue(me, ttl)
     local first = holders > 0 and redis.call('ZRANGE', KEYS[4], 0, 0, 'WITHSCORES')[2]
     left = first and tonumber(first) - now or -1
   end
-  return queued(last or mark, owner and not parse_owner_tag(owner), ahead, reached, left)
+  return queued(last or mark, owner, ahead, reached, left)
 end
 
 -- Takes the lease, extends it, or enqueues; a try never enqueues.

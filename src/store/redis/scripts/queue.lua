@@ -1,12 +1,4 @@
--- Shared by the scripts that acquire and release. Before it come single.lua or cluster.lua, with
--- is_subscribed(), notify() and reserve().
---
--- KEYS: 1 lease, 2 queue (sorted set of owner tags, scored by the counter at enqueue, plus a half
--- if the inbox was not subscribed here), 3 counter of the slot.
-
--- The lease while shared leases and permits have the key: see modes.lua. No manager and no other
--- library writes this value.
-local MARKER = '~shared'
+-- Shared by the scripts that acquire and release. Before it comes constants.lua.
 
 -- The manager, the cycle and the TTL of an owner tag; nil for a value that another library wrote. A
 -- owner tag is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
@@ -24,28 +16,28 @@ local function wants_notice(cycle)
   return tonumber(string.match(cycle, '(%d)%-')) % 2 == 0
 end
 
--- A manager whose inbox is not subscribed on this server polls every quarter of a second instead.
--- When its turn comes, the lease is held for its next request for at most this many milliseconds.
-local UNNOTIFIED_LEASE = 1000
-
 -- If all waiters die, their queue outlives the lease by this many milliseconds.
 local QUEUE_GRACE = 60000
 
--- The reply to a queued cycle: 2, mark, remaining TTL of the owner (-1: no expiry), whether the
--- owner is foreign, how many are ahead, whether a grant would reach it. `left` is that TTL, if
--- known.
-local function queued(mark, foreign, ahead, reached, left)
+-- The most characters of an owner in a reply. No owner tag is longer, but the value of another
+-- library may have any length.
+local OWNER_MAX = 512
+
+-- The reply to a queued cycle: 2, mark, remaining TTL of the owner (-1: no expiry), the owner, how
+-- many are ahead, whether a grant would reach it. The owner is false if it is known to be a
+-- manager. Otherwise the client parses it, which takes longer here. `left` is the TTL, if known.
+local function queued(mark, owner, ahead, reached, left)
   left = left and tonumber(left) or redis.call('PTTL', KEYS[1])
   -- Formatted here: the server would use 17 digits, which takes several times as long.
   redis.call('PEXPIRE', KEYS[2], string.format('%d', math.max(left, 0) + QUEUE_GRACE))
-  return {2, mark, left, foreign and 1 or 0, ahead, reached and 1 or 0}
+  return {2, mark, left, owner and string.sub(owner, 1, OWNER_MAX), ahead, reached and 1 or 0}
 end
 
 -- Enqueues the cycle unless it is queued already. Returns its mark, how many are ahead, whether it
--- was newly added, and whether a grant would reach its inbox.
-local function join(me, floor, inbox)
-  local mark = reserve(1, floor)
-  local reached = is_subscribed(inbox)
+-- was newly added, and whether a grant would reach its inbox, which is not checked if it is known.
+local function join(me, floor, inbox, known)
+  local mark = reserve('1', floor)
+  local reached = known or is_subscribed(inbox)
   local score = reached and string.format('%.0f', mark) or string.format('%.1f', mark + 0.5)
   if redis.call('ZADD', KEYS[2], 'NX', score, me) == 1 then
     return mark, redis.call('ZCARD', KEYS[2]) - 1, true, reached
@@ -58,5 +50,18 @@ local function join(me, floor, inbox)
     end
   end
   return mark, rank, false, reached
+end
+
+-- Enqueues the cycle behind an owner that is not a marker, and replies to it.
+local function enqueue_behind(owner, me, floor, channel, key, known)
+  local mark, ahead, new, reached = join(me, floor, channel .. string.match(me, '^[^:]+'), known)
+  -- For the first waiter, and again whenever a waiter retries.
+  if ahead == 0 or not new then
+    local manager, cycle = parse_owner_tag(owner)
+    if manager and wants_notice(cycle) then
+      notify(channel .. manager, 'w ' .. cycle .. ' ' .. key)
+    end
+  end
+  return queued(mark, owner, ahead, reached)
 end
 

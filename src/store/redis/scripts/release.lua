@@ -1,11 +1,7 @@
--- ARGV: 1 owner tag, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next owner tag
--- or ''.
--- Replies: {1 if it was ours, else 0; with a next owner tag, followed by the reply to its acquire}
---   | {3} release_modes.lua must run
-local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
+-- ARGV and replies: see release_own.lua.
+local me, n, floor, channel, key, next = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 -- The TTL of a cycle is part of its owner tag.
 local manager, _, ttl = member(next)
-local owner = redis.call('GET', KEYS[1])
 if owner ~= me then
   -- A cycle that owns the lease is never in the queue.
   redis.call('ZREM', KEYS[2], me)
@@ -27,12 +23,7 @@ if owner ~= me then
   end
   return {0, unpack(reply)}
 end
-if next == '' then
-  if pass_on(nil, nil, n, floor, channel, key) == false then
-    return {3}
-  end
-  return {1}
-end
+-- It is ours, and its manager asks again.
 local mark, ahead, new, reached = join(next, floor, channel .. manager)
 local heir, last, waiting, left = pass_on(next, ttl, n, floor, channel, key, new and ahead + 1, mark, new)
 if heir == false then

@@ -11,9 +11,10 @@ local function notify(inbox, message)
   redis.call('PUBLISH', inbox, message)
 end
 
--- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush,
--- a restart without data, an old replica). It is first raised to the larger of the floor and the
--- server's time, so it never decreases.
+-- Reserves n numbers and returns the largest. On frequent paths, n is text: the server formats a
+-- number with 17 digits. A counter below the caller's floor was lost (a flush, a restart without
+-- data, an old replica). It is first raised to the larger of the floor and the server's time, so it
+-- never decreases.
 local function reserve(n, floor)
   local last = redis.call('INCRBY', KEYS[3], n)
   if last - n < floor then

@@ -68,6 +68,25 @@ fn renewal_that_may_not_see_the_owner_is_an_error_and_no_loss() {
     assert!(renew(bench.scripts.modes.renew_alone.text(), &["holders"]).is_err());
 }
 
+/// The value that another library wrote may have any length.
+#[test]
+fn reply_has_the_whole_owner_tag_and_at_most_512_bytes_of_a_foreign_owner() {
+    let bench = Bench::new();
+    let longest = Cycle::with_ttl(u64::MAX, Duration::from_millis(u32::MAX.into()));
+    let longest = ManagerId::of(&"h".repeat(64), u32::MAX, u64::MAX)
+        .owner_tag(longest)
+        .to_string();
+    let foreign = "x".repeat(100_000);
+    for (owner, shown) in [(&longest, &longest[..]), (&foreign, &foreign[..512])] {
+        bench.own(owner, Some(100_000));
+        let other = owner_tag(1, 2);
+        let args = [&other, "100000", "1", "0", "join", "inbox:", "key"];
+        let reply: Vec<Value> = bench.call(bench.scripts.acquire.text(), &["lease", "queue", "counter"], &args);
+        assert_eq!(reply[3], Value::BulkString(shown.into()));
+        assert_eq!(is_foreign(&reply[3]), Some(owner == &foreign));
+    }
+}
+
 /// If all waiters die, no client ever removes their queue entries. The server does, a minute after
 /// the owner's lease has expired. While a cycle waits, each of its requests postpones that.
 #[test]
@@ -93,8 +112,7 @@ fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
     bench.own(&owner_tag(1, 2), Some(300_000));
     bench.join(&owner_tag(2, 3));
     bench.join(&owner_tag(3, 3));
-    let args = [&owner_tag(1, 2), "1", "0", "inbox:", "key", &owner_tag(1, 5)];
-    let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
+    let reply = bench.release(&owner_tag(1, 2), &owner_tag(1, 5));
     assert_eq!(reply[..2], [1, 2], "the previous owner waits");
     assert_eq!(bench.owner(), Some(owner_tag(2, 3)));
     // The next owner's inbox has no subscriber, so its lease stays short until it asks.
@@ -137,6 +155,20 @@ fn waiter_that_lost_its_inbox_keeps_its_place() {
         let reply = bench.acquire(&me, 100_000, "join");
         assert_eq!((reply[0], &reply[4..]), (2, &[0, 0][..]));
         assert_eq!(bench.state().1, [me.as_str(), "5.5", &behind, "6"]);
+    }
+}
+
+/// The inbox of a manager that knows it to be subscribed here is not checked. It counts as reached.
+#[test]
+fn known_inbox_is_not_checked() {
+    let bench = Bench::new();
+    bench.own(&owner_tag(3, 2), Some(100_000));
+    for (how, score, reached) in [("known", "1", 1), ("join", "2.5", 0)] {
+        bench.server.command(&["DEL", "queue"]);
+        let me = owner_tag(1, 2);
+        let reply = bench.acquire(&me, 100_000, how);
+        assert_eq!((reply[0], &reply[4..]), (2, &[0, reached][..]), "{how}");
+        assert_eq!(bench.state().1, [me.as_str(), score], "{how}");
     }
 }
 
