@@ -8,9 +8,9 @@
 //! reply in time. The others wait here, ordered by when their leases end. The number of batches in
 //! flight is halved when one times out, and grows by one with each reply.
 //!
-//! If batches are sent when more than a third of a lease's time is gone, the shard holds more
-//! leases than it can renew ([`Renewals::is_strained`]), and accepts no new keys until it keeps up
-//! again.
+//! If batches are sent when more than a third of a lease's time is gone (more, if `renew_fraction`
+//! is larger than its default), the shard holds more leases than it can renew
+//! ([`Renewals::is_strained`]), and accepts no new keys until it keeps up again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -35,6 +35,8 @@ pub(crate) struct Due<T> {
     pub(crate) ttl: Duration,
     /// The approximate time at which the lease ends.
     pub(crate) ends_at: Moment,
+    /// With less time left, its renewal is late.
+    late_below: Duration,
 }
 
 impl<T> Due<T> {
@@ -45,8 +47,15 @@ impl<T> Due<T> {
             what,
             ttl,
             ends_at: now + left,
+            late_below: ttl.mul_f64(1.0 - late_after(rules.renew_fraction)),
         }
     }
+}
+
+/// The fraction of its TTL after which the renewal of a lease is late: a third, or more if less
+/// than a quarter of the time that was left when it became due has passed by then.
+fn late_after(renew_fraction: f64) -> f64 {
+    (1.0_f64 / 3.0).max(renew_fraction + (1.0 - renew_fraction) / 4.0)
 }
 
 /// How long to wait for the reply to a batch of leases with these TTLs, at most `timeout`. A batch
@@ -123,9 +132,8 @@ impl<T> Renewals<T> {
     }
 }
 
-/// Whether more than a third of a lease's time is gone. A tenth of it passes in any case.
 fn is_late<T>(batch: &[Due<T>], now: Moment) -> bool {
-    batch.iter().any(|due| due.ends_at.since(now) * 3 < due.ttl * 2)
+    batch.iter().any(|due| due.ends_at.since(now) < due.late_below)
 }
 
 /// Splits leases into batches of limited size in which no TTL is more than twice the shortest. A
@@ -153,7 +161,21 @@ mod tests {
     }
 
     fn due(ttl: Duration, ends_at: Moment) -> Due<()> {
-        Due { what: (), ttl, ends_at }
+        Due {
+            what: (),
+            ttl,
+            ends_at,
+            late_below: ttl * 2 / 3,
+        }
+    }
+
+    fn rules(renew_fraction: f64) -> Rules {
+        Rules {
+            max_burst: 1,
+            max_slice: TTL,
+            renew_fraction,
+            flaw: None,
+        }
     }
 
     fn many(count: usize, ends_at: Moment) -> Vec<Due<()>> {
@@ -162,12 +184,7 @@ mod tests {
 
     #[test]
     fn lease_that_is_due_ends_after_what_is_left_of_its_ttl() {
-        let rules = Rules {
-            max_burst: 1,
-            max_slice: TTL,
-            renew_fraction: 0.25,
-            flaw: None,
-        };
+        let rules = rules(0.25);
         let end = |late| Due::new((), TTL, Duration::from_millis(late), &rules, at(100)).ends_at;
         assert_eq!([end(0), end(500), end(8_000)], [at(7_600), at(7_100), at(100)]);
     }
@@ -235,6 +252,21 @@ mod tests {
         renewals.add(vec![due(ttl, at(9_000))]);
         assert!(!renewals.is_strained(STRAIN_MIN, at(3_000)));
         assert!(renewals.is_strained(STRAIN_MIN, at(3_001)));
+    }
+
+    /// Regression: with a `renew_fraction` above a third, every renewal counted as late, and a
+    /// shard with many leases refused new keys for ever.
+    #[test]
+    fn renewal_in_time_is_not_late_with_any_renew_fraction() {
+        for renew_fraction in [0.02, 0.1, 0.34, 0.5] {
+            let due = || vec![Due::new((), TTL, Duration::ZERO, &rules(renew_fraction), at(0))];
+            let mut renewals = Renewals::new();
+            renewals.add(due());
+            assert!(!renewals.is_strained(STRAIN_MIN, at(0)), "{renew_fraction}");
+            let left = due()[0].ends_at.since(at(0)).as_millis() as u64;
+            assert!(!renewals.is_strained(STRAIN_MIN, at(left / 5)), "{renew_fraction}");
+            assert!(renewals.is_strained(STRAIN_MIN, at(left / 2)), "{renew_fraction}");
+        }
     }
 
     #[test]
