@@ -23,6 +23,10 @@ fn with_settings(store: &TestStore, args: &[&str]) -> Command {
     if settings.redlock_max_ttl != defaults.redlock_max_ttl {
         command.env("SHARDLOCK_REDLOCK_MAX_TTL", millis(settings.redlock_max_ttl));
     }
+    // A tool on a busy machine may take longer than the default to connect.
+    if settings.store_timeout != defaults.store_timeout {
+        command.env("SHARDLOCK_STORE_TIMEOUT", millis(settings.store_timeout));
+    }
     if settings.ttl != defaults.ttl {
         command.env("SHARDLOCK_TTL", millis(settings.ttl));
     }
