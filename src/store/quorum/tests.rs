@@ -4,6 +4,7 @@ mod maps;
 mod model;
 mod nodes;
 mod releases;
+mod renewals;
 mod repair_worker;
 mod shared;
 
