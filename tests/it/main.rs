@@ -20,6 +20,8 @@ mod documents;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fencing_sql;
+mod foreign_code;
+mod inbox;
 mod late_requests;
 mod lead;
 mod leases;
