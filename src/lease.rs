@@ -26,6 +26,12 @@ pub(crate) struct Lease {
     loss_notify: Notify,
 }
 
+/// The safety margin subtracted from a TTL for clock drift and timer granularity: 1 % plus 2 ms, as
+/// in the Redlock specification.
+pub(crate) fn drift(ttl: Duration) -> Duration {
+    ttl / 100 + Duration::from_millis(2)
+}
+
 impl Lease {
     pub(crate) fn new(cycle: Cycle, valid_until: Moment, ttl: Duration) -> Self {
         Self {

@@ -140,7 +140,7 @@
 //!
 //! A key can also be held by several at once: by any number of *shared* holders, or by as many as
 //! have *permits*. Both are requests like any other, with the same settings, and wait in the same
-//! queue: nobody is passed, so a writer among many readers, or a request for many permits, is
+//! queue. Nobody can jump it, so a writer among many readers, or a request for many permits, is
 //! served in its turn.
 //!
 //! ```
@@ -369,6 +369,7 @@ mod mode;
 pub mod namespace;
 mod protocol;
 mod random;
+mod rate_limit;
 mod request;
 mod router;
 mod runtime;

@@ -116,8 +116,8 @@ pub(crate) struct ReleaseReply {
 }
 
 impl ReleaseReply {
-    /// The lease was ours and is retired.
-    pub(crate) const RETIRED: Self = Self {
+    /// The lease was ours, and no cycle was requeued.
+    pub(crate) const HELD: Self = Self {
         held: true,
         requeued: None,
     };
@@ -133,6 +133,13 @@ pub(crate) enum RenewReply {
     },
     /// The lease is no longer ours.
     NotOurs,
+}
+
+impl RenewReply {
+    /// Whether the store extended one of the leases of a batch.
+    pub(crate) fn some_are_extended(replies: &[Option<Self>]) -> bool {
+        replies.iter().any(|reply| matches!(reply, Some(Self::Extended { .. })))
+    }
 }
 
 /// One lease to renew.

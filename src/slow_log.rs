@@ -9,9 +9,8 @@ use parking_lot::Mutex;
 use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::key::LockKey;
+use crate::rate_limit::{INTERVAL, RateLimit, Window};
 
-/// The shortest interval between two lines about the same call site.
-const INTERVAL: Duration = Duration::from_secs(10);
 /// How many lost locks have a line each in an interval. A server that fails may lose all locks of a
 /// process at once.
 const LOSSES_MAX: u64 = 20;
@@ -180,52 +179,10 @@ impl Drop for SlowLog {
     }
 }
 
-/// Admits one event per interval.
-#[derive(Debug, Default)]
-pub(crate) struct RateLimit(Mutex<Option<Window>>);
-
-impl RateLimit {
-    /// If the event may be logged, returns how many were suppressed since the last one that was.
-    pub(crate) fn admit(&self, now: Moment) -> Option<u64> {
-        let mut window = self.0.lock();
-        match &mut *window {
-            Some(window) => window.admit(now),
-            None => {
-                *window = Some(Window::new(now));
-                Some(0)
-            }
-        }
-    }
-}
-
 /// Admits one event per call site and interval.
 #[derive(Debug, Default)]
 struct CallSiteLimits {
     windows: Mutex<HashMap<Option<&'static Location<'static>>, Window>>,
-}
-
-#[derive(Debug)]
-struct Window {
-    logged_at: Moment,
-    suppressed: u64,
-}
-
-impl Window {
-    const fn new(now: Moment) -> Self {
-        Self {
-            logged_at: now,
-            suppressed: 0,
-        }
-    }
-
-    fn admit(&mut self, now: Moment) -> Option<u64> {
-        if now.since(self.logged_at) < INTERVAL {
-            self.suppressed += 1;
-            return None;
-        }
-        self.logged_at = now;
-        Some(std::mem::take(&mut self.suppressed))
-    }
 }
 
 impl CallSiteLimits {
@@ -275,15 +232,10 @@ mod tests {
             passed += u64::from(limits.admit(Location::caller(), now).is_some());
         }
         assert_eq!(passed, 1);
-        limits.windows.lock().extend((0..CALL_SITES_MAX).map(|_| {
-            (
-                None,
-                Window {
-                    logged_at: now,
-                    suppressed: 0,
-                },
-            )
-        }));
+        limits
+            .windows
+            .lock()
+            .extend((0..CALL_SITES_MAX).map(|_| (None, Window::new(now))));
         assert!(limits.windows.lock().len() <= CALL_SITES_MAX + 1);
     }
 }

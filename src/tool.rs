@@ -30,10 +30,10 @@ pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
 
 /// Sets one value by its name, from text: `set(&mut config, "ttl", "10s")`.
 ///
-/// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
-/// `long_hold`, `username`, `password`, `password_file` and the `tls_` files may be `none`.
-/// `shards` is a list of `url` or `name=url`, separated by commas or spaces; it replaces the
-/// previous shards.
+/// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `max_burst`,
+/// `slow_wait`, `long_hold`, `username`, `password`, `password_file` and the `tls_` files may be
+/// `none`. `shards` is a list of `url` or `name=url`, separated by commas or spaces; it replaces
+/// the previous shards.
 ///
 /// # Errors
 ///

@@ -126,7 +126,7 @@ async fn run(
         }
         tokio::select! {
             job = jobs.recv() => match job {
-                Some(Job::Request { entry, request }) => { work.spawn_local(carry_out(entry, request)); }
+                Some(Job::Request { entry, request }) => { work.spawn_local(execute_all(entry, request)); }
                 Some(Job::Release(abandoned)) => {
                     let index = index_of(&shards, &abandoned.key);
                     if let Some(shard) = shards.get(index) {
@@ -208,7 +208,7 @@ fn send_work(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work)
 }
 
 /// Executes a request and all that follow from it.
-async fn carry_out(entry: Arc<Entry>, request: Request) {
+async fn execute_all(entry: Arc<Entry>, request: Request) {
     let mut next = Some(request);
     while let Some(request) = next {
         next = entry.execute(request, Priority::Background).await.next;

@@ -132,7 +132,7 @@ impl Shard {
             Err(_) => return false,
         };
         if !self.has_other_map.swap(true, Ordering::Relaxed) {
-            let error = error.clone().with_context(&self.name, "look", None, Duration::ZERO);
+            let error = error.clone().with_context(&self.name, "probe", None, Duration::ZERO);
             tracing::error!(%error, "all locks on the shard are lost");
             self.disown();
         }

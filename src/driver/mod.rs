@@ -4,9 +4,9 @@
 //!
 //! A task that acquires or releases a key executes its own request where possible (`request`), so
 //! the common path needs no hop between tasks. Pushes arrive through `subscriber`. Everything else
-//! is a [`Job`] for the background thread (`background`): renewals, releases of dropped guards,
-//! requests whose task was cancelled. All of them apply events to the same queue under the mutex of
-//! the entry.
+//! is done by the background thread (`background`): releases of dropped guards and requests whose
+//! task was cancelled are [`Job`]s, renewals and probes are services. All of them apply events to
+//! the same queue under the mutex of the entry.
 //!
 //! An entry leaves the table as soon as its key has no waiter, no lease and no request in flight.
 //! It is first marked as removed under its mutex, so a task that found it just before looks it up
@@ -57,7 +57,7 @@ use crate::error::{Failure, LockError, LockErrorKind};
 use crate::key::LockKey;
 use crate::late_requests::LateRequests;
 use crate::protocol::Cycle;
-use crate::slow_log::RateLimit;
+use crate::rate_limit::RateLimit;
 use crate::store::{KeyState, LeaseStore, StoreError, StoreFuture};
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -16,10 +15,8 @@ use crate::engine::orphans::{Attempt, Circumstances, OrphanRules, Orphans, PENDI
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Release};
 use crate::random;
+use crate::rate_limit::RateLimit;
 use crate::store::{Priority, StoreError};
-
-/// How often it is logged that leases are left to expire.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
 /// A cycle that is over and has to be released.
 #[derive(Debug)]
@@ -59,8 +56,9 @@ type Sent = Attempt<LockKey, PendingRelease>;
 struct Cleaner {
     shard: Arc<Shard>,
     orphans: Orphans<LockKey, PendingRelease>,
-    left_to_expire: u64,
-    complained_at: Option<Moment>,
+    /// Limits log lines about leases that are left to expire, because an outage may leave very
+    /// many.
+    left_to_expire: RateLimit,
 }
 
 /// Releases the cycles it receives, for as long as it is polled.
@@ -123,8 +121,7 @@ impl Cleaner {
         Self {
             orphans: Orphans::new(OrphanRules::new(shard.manager.late_max)),
             shard,
-            left_to_expire: 0,
-            complained_at: None,
+            left_to_expire: RateLimit::default(),
         }
     }
 
@@ -189,19 +186,15 @@ impl Cleaner {
         }
     }
 
-    /// Logged at most every [`COMPLAIN_EVERY`], because an outage may leave very many. During an
-    /// outage, which has its own log line, only at debug level.
+    /// During an outage, which has its own log line, this is logged only at debug level.
     fn left_to_expire(&mut self, reason: &str) {
         if self.shard.is_in_outage() {
             return tracing::debug!(shard = %self.shard.name, reason, "a lease is left to expire during an outage");
         }
-        self.left_to_expire += 1;
-        let now = Moment::now();
-        if self.complained_at.is_some_and(|at| now.since(at) < COMPLAIN_EVERY) {
+        let Some(suppressed) = self.left_to_expire.admit(Moment::now()) else {
             return;
-        }
-        self.complained_at = Some(now);
-        let leases = std::mem::take(&mut self.left_to_expire);
+        };
+        let leases = suppressed + 1;
         let reason = crate::text::printable(reason);
         tracing::warn!(
             shard = %self.shard.name,

@@ -13,7 +13,7 @@ use super::Shard;
 use super::subscriber::ask_again;
 use crate::protocol::Cycle;
 use crate::random;
-use crate::store::{INSPECTED_QUEUE_MAX, KeyState};
+use crate::store::{INSPECTED_MAX, KeyState};
 
 /// Inspects one waiting key, chosen at random.
 pub(super) async fn check(shard: &Arc<Shard>) {
@@ -41,5 +41,5 @@ fn is_forgotten(shard: &Shard, cycle: Cycle, seen: &KeyState) -> bool {
     let ours = shard.owner_tag(cycle);
     let holds = seen.holder.as_ref().is_some_and(|holder| holder.owner == ours);
     // Only the head of a long queue is returned.
-    !holds && seen.queue.len() < INSPECTED_QUEUE_MAX && !seen.queue.contains(&ours)
+    !holds && seen.queue.len() < INSPECTED_MAX && !seen.queue.contains(&ours)
 }

@@ -56,7 +56,7 @@ pub(crate) fn flush(metrics: &ManagerMetrics, shards: &[Arc<Shard>]) {
     shards.iter().for_each(|shard| shard.metrics.flush());
 }
 
-/// Inspects all keys: finds the oldest lease and waiter, counts guards and permits by class, and
+/// Inspects all keys: finds the oldest guard and waiter, counts guards and permits by class, and
 /// logs guards that are held for too long.
 fn inspect_all_keys(shard: &Arc<Shard>) {
     let now = Moment::now();
@@ -96,7 +96,7 @@ fn inspect_all_keys(shard: &Arc<Shard>) {
             .slow_log
             .still_waits(oldest_waiter, &entry.key, &shard.name, waiting, slow);
     }
-    // Later than the look, so that it has the names of all classes that were seen.
+    // Read after the inspection, so that it has the names of all classes that were seen.
     let classes = shard.manager.metrics.classes.names();
     shard.metrics.set_by_class(&by_class.classes, &classes);
 }

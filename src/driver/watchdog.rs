@@ -36,14 +36,14 @@ const SCAN_EVERY_MIN: Duration = Duration::from_millis(1);
 pub(crate) async fn keep_alive(shard: Arc<Shard>) {
     let mut renewals = JoinSet::new();
     let mut renewals_due = Renewals::new();
-    let mut next_look = Instant::now();
+    let mut next_scan = Instant::now();
     loop {
         tokio::select! {
-            () = due(&shard, next_look) => {
+            () = due(&shard, next_scan) => {
                 let began = Instant::now();
                 let (due, shortest) = scan(&shard);
                 renewals_due.add(due);
-                next_look = Instant::now() + pause(began.elapsed(), shortest);
+                next_scan = Instant::now() + pause(began.elapsed(), shortest);
             }
             Some(ended) = renewals.join_next(), if !renewals.is_empty() => match ended {
                 Ok(in_time) => renewals_due.ended(in_time),
@@ -61,9 +61,9 @@ pub(crate) async fn keep_alive(shard: Arc<Shard>) {
     }
 }
 
-/// Waits until something is due, but at least until `next_look`.
-async fn due(shard: &Shard, next_look: Instant) {
-    tokio::time::sleep_until(next_look).await;
+/// Waits until something is due, but at least until `next_scan`.
+async fn due(shard: &Shard, next_scan: Instant) {
+    tokio::time::sleep_until(next_scan).await;
     shard.next_deadline.due().await;
 }
 

@@ -178,18 +178,18 @@ impl World {
         let late = self.between(0, 1_000_000);
         let manager = &mut self.managers[m];
         let at = manager.clock.when(moment).max(self.now + SCAN_EVERY_MIN / 10) + late;
-        if at < manager.next_look {
-            manager.next_look = at;
+        if at < manager.next_scan {
+            manager.next_scan = at;
             self.inside(at, m, Part::Watchdog, Event::Look { at });
         }
     }
 
     /// Lets time pass for every key, and sends the renewals that are due.
     pub(super) fn watchdog_looks(&mut self, m: usize, at: Nanos) {
-        if self.managers[m].next_look != at {
+        if self.managers[m].next_scan != at {
             return;
         }
-        self.managers[m].next_look = Nanos::MAX;
+        self.managers[m].next_scan = Nanos::MAX;
         let now = self.managers[m].clock.at(self.now);
         let mut all_due = Vec::new();
         for k in 0..self.keys.len() {

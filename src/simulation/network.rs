@@ -318,7 +318,7 @@ impl World {
                 });
                 let reply = if is_retired {
                     self.stats.retired += 1;
-                    ReleaseReply::RETIRED
+                    ReleaseReply::HELD
                 } else {
                     self.core.release(key, &me, next.as_deref(), terms)
                 };

@@ -85,7 +85,7 @@ pub(super) struct Manager {
     pub(super) noticed: (u32, Moment),
     /// Until when each part of the process is blocked.
     pub(super) blocked_until: [Nanos; PARTS],
-    pub(super) next_look: Nanos,
+    pub(super) next_scan: Nanos,
     pub(super) last_job: Nanos,
 }
 
@@ -217,7 +217,7 @@ impl World {
             epoch: 0,
             noticed: (0, Moment::default()),
             blocked_until: [0; PARTS],
-            next_look: Nanos::MAX,
+            next_scan: Nanos::MAX,
             last_job: 0,
         }
     }

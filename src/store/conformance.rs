@@ -200,7 +200,7 @@ impl Pair {
                     ..*given
                 });
                 Reply::Released(match is_retired {
-                    true => ReleaseReply::RETIRED,
+                    true => ReleaseReply::HELD,
                     false => self.core.release(key, &me, None, terms),
                 })
             }

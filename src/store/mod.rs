@@ -112,7 +112,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
 
     /// Checks whether locks could be acquired even if no task requests one (a replica, or a server
     /// that is out of memory, refuses), and reads the servers' clocks. Cheap, and changes nothing.
-    /// Called every few seconds on the watchdog's thread, which waits for it no longer than for a
+    /// Called every few seconds on the background thread, which waits for it no longer than for a
     /// request.
     fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>>;
 
@@ -143,14 +143,14 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         None
     }
 
-    /// Waits for the clean-up that follows answered releases. Called once, before the background
-    /// thread ends.
+    /// Waits for the cleanup that follows answered releases. Called at each shutdown, and before
+    /// the background thread ends.
     fn drain(&self) -> StoreFuture<()> {
         Box::pin(std::future::ready(Ok(())))
     }
 
     /// Receives pushes and forwards them until the receiver is dropped. Reconnects by itself.
-    /// Polled on the watchdog's thread, and drives the store's other background work there. The
+    /// Polled on the background thread, and drives the store's other background work there. The
     /// inbox itself may be read on the application's runtime while that runs, close to the tasks
     /// that wait for pushes.
     fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -251,7 +251,7 @@ pub(crate) enum Priority {
     /// The connections of the application's tasks. Their I/O runs on the application's runtime
     /// while that runs.
     Foreground,
-    /// The connection of the watchdog's thread, which works even if the application's runtime is
+    /// The connection of the background thread, which works even if the application's runtime is
     /// blocked. While it can't be opened, an open connection of [`Foreground`](Self::Foreground)
     /// is used.
     Background,
@@ -443,8 +443,8 @@ pub struct Holder {
     pub remaining: Option<Duration>,
 }
 
-/// The most queue members that a [`KeyState`] lists.
-pub(crate) const INSPECTED_QUEUE_MAX: usize = 100;
+/// The most members of the queue, and the most holders, that a [`KeyState`] lists.
+pub(crate) const INSPECTED_MAX: usize = 100;
 
 #[cfg(test)]
 impl StoreOptions {

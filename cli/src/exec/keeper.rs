@@ -114,7 +114,7 @@ impl Keeper {
             // What was left is logged.
             locks.shutdown().await.ok();
         } else {
-            // A server that is unreachable must not delay the end beyond --wait for long.
+            // A server that is unreachable must not delay the end beyond --timeout for long.
             tokio::time::timeout(LEAVE_MAX, locks.shutdown()).await.ok();
         }
         code

@@ -19,18 +19,18 @@ const TOO_LATE_MAX: u32 = 3;
 const SPREAD: Duration = Duration::from_millis(2);
 /// How often the head of the queue checks on a foreign owner, which does not notify us when it
 /// releases.
-const FOREIGN_OWNER_LOOK: Duration = Duration::from_millis(400);
+const FOREIGN_OWNER_RETRY: Duration = Duration::from_millis(400);
 /// How often a cycle asks again if grants cannot reach this manager. When its turn comes, the
 /// script reserves the lease for it for one second.
-const UNREACHED_LOOK: Duration = Duration::from_millis(250);
+const UNREACHED_RETRY: Duration = Duration::from_millis(250);
 /// The longest interval between two acquires while queued. The next holder may die with a shorter
 /// lease than the one last seen, and each acquire keeps the store's queue from expiring.
-const LOOK_MAX: Duration = Duration::from_secs(10);
+const RETRY_MAX: Duration = Duration::from_secs(10);
 
 impl<W> Queue<W> {
     /// Starts a cycle for the first waiter, if there is one.
     pub(super) fn start_acquire(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
+        let Some(first) = self.waiters.front() else {
             return;
         };
         let kind = match (first.options.try_only, self.remote_waiters_seen) {
@@ -64,7 +64,7 @@ impl<W> Queue<W> {
     /// Sends the acquire of the current cycle again. A try remains a try: it must not join the
     /// store's queue.
     pub(super) fn retry_acquire(&mut self, effects: &mut Effects<W>) {
-        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let first = self.waiters.front();
         let kind = if first.is_some_and(|first| first.options.try_only) {
             AcquireKind::Try
         } else {
@@ -85,7 +85,7 @@ impl<W> Queue<W> {
 
     /// The lease gets the TTL requested by the first waiter.
     pub(super) fn take_ttl_of_first(&mut self) {
-        if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
+        if let Some(first) = self.waiters.front() {
             self.ttl = first.options.lease_ttl();
         }
     }
@@ -94,8 +94,7 @@ impl<W> Queue<W> {
         self.take_ttl_of_first();
         let lingers = self
             .waiters
-            .first()
-            .and_then(|id| self.waiters.get(id))
+            .front()
             .is_some_and(|first| !first.options.linger.is_none());
         // One token is enough if no other task waits, unless the lease is to linger for later
         // tasks.
@@ -171,23 +170,32 @@ impl<W> Queue<W> {
             return self.release(cycle, effects);
         }
         let ahead = u32::try_from(position.ahead).unwrap_or(u32::MAX);
-        let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX / 4);
-        let look_in = match (position.owner_ttl, position.owner_foreign) {
+        let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(RETRY_MAX / 4);
+        let retry_in = match (position.owner_ttl, position.owner_foreign) {
             (owner_ttl, _) if !position.is_subscribed => {
-                let look = UNREACHED_LOOK.min(cycle.ttl() / 4);
-                owner_ttl.map_or(look, |ttl| look.min(ttl + SPREAD))
+                let retry = UNREACHED_RETRY.min(cycle.ttl() / 4);
+                owner_ttl.map_or(retry, |ttl| retry.min(ttl + SPREAD))
             }
-            (Some(ttl), false) => ttl.min(LOOK_MAX) + spread,
+            (Some(ttl), false) => ttl.min(RETRY_MAX) + spread,
             (Some(ttl), true) => {
-                ttl.min(FOREIGN_OWNER_LOOK.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX)) + spread
+                ttl.min(
+                    FOREIGN_OWNER_RETRY
+                        .saturating_mul(ahead.saturating_add(1))
+                        .min(RETRY_MAX),
+                ) + spread
             }
-            (None, _) => FOREIGN_OWNER_LOOK.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX) + spread,
+            (None, _) => {
+                FOREIGN_OWNER_RETRY
+                    .saturating_mul(ahead.saturating_add(1))
+                    .min(RETRY_MAX)
+                    + spread
+            }
         };
         self.phase = Phase::Queued(Queued {
             cycle,
             enqueue_token: position.enqueue_token,
             sent_at,
-            retry_at: cx.now + look_in,
+            retry_at: cx.now + retry_in,
         });
         if let Some(grant) = early {
             self.enter(grant, position.enqueue_token, sent_at, cx, effects);

@@ -7,11 +7,11 @@ use super::effect::{Bound, Effects, Request};
 use super::phase::{Acquiring, Held, Holder, Occupant, Phase, Turn};
 use super::types::{Context, Granted, Linger, MinHold, Outcome, Path, WaiterOptions};
 use super::waiters::WaiterId;
-use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, BLOCK_OF_GRANT, Queue, drift};
+use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, BLOCK_OF_GRANT, Queue};
 use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::fence::{FencingToken, TokenBlock};
-use crate::lease::Lease;
+use crate::lease::{Lease, drift};
 use crate::mode::LockMode;
 use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle};
 
@@ -176,7 +176,7 @@ impl<W> Queue<W> {
 
     /// The `min_hold` of the first waiter.
     pub(super) fn min_hold_of_first(&self) -> MinHold {
-        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let first = self.waiters.front();
         first.map_or(MinHold::NONE, |first| first.options.min_hold)
     }
 

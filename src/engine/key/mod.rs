@@ -86,12 +86,6 @@ pub(crate) const BLOCK_OF_GRANT: u32 = BLOCK_MIN as u32;
 /// thousand acquisitions is negligible.
 const BLOCK_LINGERING: u64 = 1024;
 
-/// The safety margin subtracted from a TTL for clock drift and timer granularity: 1 % plus 2 ms, as
-/// in the Redlock specification.
-pub(crate) fn drift(ttl: Duration) -> Duration {
-    ttl / 100 + Duration::from_millis(2)
-}
-
 #[derive(Debug)]
 struct Waiter<W> {
     options: WaiterOptions,
@@ -216,7 +210,7 @@ impl<W> Queue<W> {
 
     /// When the first waiter enqueued.
     pub(crate) fn waiting_since(&self) -> Option<Moment> {
-        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let first = self.waiters.front();
         first.map(|first| first.since)
     }
 
@@ -231,7 +225,7 @@ impl<W> Queue<W> {
 
     /// Called before a waiter of this class joins the line.
     fn note_class(&mut self, class: u16) {
-        let first = self.waiters.first().and_then(|first| self.waiters.get(first));
+        let first = self.waiters.front();
         self.has_mixed_classes = first.is_some_and(|first| self.has_mixed_classes || first.options.class != class);
     }
 

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use super::Queue;
 use super::effect::Effects;
 use super::phase::{Occupant, Phase};
 use super::types::Context;
-use super::{Queue, drift};
 use crate::clock::Moment;
 use crate::error::LossReason;
+use crate::lease::drift;
 use crate::protocol::{Cycle, RenewReply};
 
 /// A lingering lease may be released early by this fraction of its linger time (1/8).

@@ -56,6 +56,11 @@ impl<T> Waiters<T> {
         (self.head != NONE).then_some(WaiterId(self.head))
     }
 
+    /// The first element in line.
+    pub(crate) fn front(&self) -> Option<&T> {
+        self.first().and_then(|id| self.get(id))
+    }
+
     /// The elements in line, from first to last.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (WaiterId, &T)> {
         let node = |index: u32| self.nodes.get(index as usize).map(|node| (index, node));

@@ -15,14 +15,14 @@ use crate::fence::FencingToken;
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::mode::LockMode;
-use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState, StoreError};
+use crate::store::{Holder, INSPECTED_MAX, KeyState, StoreError};
 
 /// How many leases are asked for their time at once.
 const LEASES_AT_A_TIME: usize = 16;
 
 pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) -> Result<KeyState, StoreError> {
     let prefix = shared.names.prefix(&key);
-    let mut found = read(&shared, &link, &prefix, 1 + INSPECTED_QUEUE_MAX).await?;
+    let mut found = read(&shared, &link, &prefix, 1 + INSPECTED_MAX).await?;
     let first = found.kvs().first().map(Member::of);
     let is_exclusive = first.is_none_or(|first| first.mode().is_exclusive());
     if !is_exclusive && found.more() {
@@ -31,7 +31,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
     }
     let queue = Queue::of(&found, 0);
     let (holding, waiting) = found.kvs().split_at(queue.holders());
-    let inspected = holding.iter().take(INSPECTED_QUEUE_MAX);
+    let inspected = holding.iter().take(INSPECTED_MAX);
     let inspected: Vec<_> = inspected.map(|kv| holder(&link, &prefix, kv)).collect();
     let holders: Vec<Holder> = futures_util::stream::iter(inspected)
         .buffered(LEASES_AT_A_TIME)
@@ -50,7 +50,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
         queue_length: queue.waiting(),
         queue: waiting
             .iter()
-            .take(INSPECTED_QUEUE_MAX)
+            .take(INSPECTED_MAX)
             .map(|kv| member(&prefix, kv.key()))
             .collect(),
         last_token: holding.iter().filter_map(|kv| last_token(&prefix, kv)).max(),

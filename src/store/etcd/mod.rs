@@ -64,7 +64,7 @@ use crate::error::LockError;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::slow_log::RateLimit;
+use crate::rate_limit::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;

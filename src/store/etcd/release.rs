@@ -118,7 +118,7 @@ async fn retire(
     } else {
         end.leases = leases;
     }
-    Ok((sent_at, ReleaseReply::RETIRED))
+    Ok((sent_at, ReleaseReply::HELD))
 }
 
 async fn read_owner(shared: &Shared, link: &Link, leaving: &EtcdContender) -> Result<Option<Member>, EtcdError> {

@@ -99,7 +99,7 @@ pub(super) async fn renew(
     let replies: Vec<Option<RenewReply>> = renewing.iter().map(Renewing::reply).collect();
     match map {
         Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
-        Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
+        Ok(Ok(MapState::None | MapState::Reserved)) if RenewReply::some_are_extended(&replies) => {
             // The map was deleted while leases exist. Restore it, so that no other map is stored
             // meanwhile.
             let live = shared.background.get().await?;
@@ -141,10 +141,6 @@ async fn renew_in_rounds(
             shared.background.give_up_since(started);
         }
     }
-}
-
-fn is_extended(reply: &Option<RenewReply>) -> bool {
-    matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
 /// Keeps all leases alive and reads all keys.

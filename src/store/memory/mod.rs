@@ -179,7 +179,7 @@ impl LeaseStore for MemoryStore {
             memory.core.retire(&key, &me, &retired, now, now + rest)
         });
         let reply = match is_retired {
-            true => ReleaseReply::RETIRED,
+            true => ReleaseReply::HELD,
             false => memory.core.release(&key, &me, next.as_deref(), terms),
         };
         let pushes = memory.take_pushes();

@@ -14,6 +14,7 @@ use super::tokens::TokenChoice;
 use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
+use crate::lease::drift;
 use crate::protocol::{Acquire, AcquireKind};
 use crate::random;
 use crate::store::StoreError;
@@ -111,7 +112,7 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
 /// Whether nothing is left of a lease of that `ttl`, which the nodes count from the moment they are
 /// claimed.
 pub(super) fn is_late(sent_at: Moment, ttl: Duration) -> bool {
-    Moment::now().since(sent_at) + ttl / 100 + Duration::from_millis(2) >= ttl
+    Moment::now().since(sent_at) + drift(ttl) >= ttl
 }
 
 pub(super) fn too_late(ttl: Duration) -> StoreError {

@@ -154,7 +154,7 @@ const LIBRARY: &str = "shardlock";
 pub(in crate::store) enum Purpose {
     /// Requests of the application's tasks.
     Requests,
-    /// Renewals, and everything else that the watchdog's thread sends.
+    /// Renewals, and everything else that the background thread sends.
     Renewals,
     /// Subscriptions.
     Inbox,

@@ -14,7 +14,7 @@ use super::script::MARKER;
 use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, Cycle, Release, Renewal};
-use crate::store::INSPECTED_QUEUE_MAX;
+use crate::store::INSPECTED_MAX;
 
 /// Builds the commands of one manager in one namespace.
 #[derive(Debug)]
@@ -25,12 +25,14 @@ pub(super) struct Commands {
     inboxes: Inboxes,
 }
 
-/// Whether the script must check that the server counts the subscription of this manager's inbox.
+/// Whether the script checks that the server counts the subscription of this manager's inbox. Only
+/// the acquire of an exclusive lock at a primary, the most frequent request of a busy key, ever
+/// skips that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum InboxCheck {
-    Needed,
-    /// It counted it a moment ago.
-    Unneeded,
+    Done,
+    /// The server counted it a moment ago.
+    Skipped,
 }
 
 /// Where managers receive notifications.
@@ -106,7 +108,7 @@ impl Commands {
     /// The keys and arguments of acquire_modes.lua.
     pub(super) fn fill_acquire_modes(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
         self.write_keys_and_holders(command, &request.key);
-        self.write_acquire(command, request, floor, InboxCheck::Needed);
+        self.write_acquire(command, request, floor, InboxCheck::Done);
     }
 
     fn write_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64, inbox: InboxCheck) {
@@ -120,7 +122,7 @@ impl Commands {
         self.write_owner_tag(command, cycle);
         command.arg(millis(ttl)).arg(tokens).arg(floor);
         command.arg(match kind {
-            AcquireKind::Enqueue if inbox == InboxCheck::Unneeded => "known",
+            AcquireKind::Enqueue if inbox == InboxCheck::Skipped => "known",
             AcquireKind::Enqueue => "join",
             AcquireKind::Fast | AcquireKind::Try => "try",
             AcquireKind::Extend => "extend",
@@ -283,7 +285,7 @@ impl Commands {
         commands.cmd("GET").arg(&lease);
         commands.cmd("PTTL").arg(&lease);
         commands.cmd("ZCARD").arg(&queue);
-        commands.cmd("ZRANGE").arg(&queue).arg(0).arg(INSPECTED_QUEUE_MAX - 1);
+        commands.cmd("ZRANGE").arg(&queue).arg(0).arg(INSPECTED_MAX - 1);
         commands.cmd("GET").arg(names.counter().to_string());
         let holders = names.holders().to_string();
         commands.cmd("ZRANGE").arg(holders).arg(0).arg(-1).arg("WITHSCORES");
@@ -363,12 +365,12 @@ pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Comman
 /// How many keys one scan step covers.
 const SCAN_COUNT: u32 = 1000;
 
-/// The same, rounded up.
-fn millis_up(rest: Duration) -> u64 {
-    millis(rest + Duration::from_nanos(999_999))
-}
-
 /// Whole milliseconds, as Redis expects, and at least 1.
 fn millis(ttl: Duration) -> u64 {
     u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+/// The same, rounded up.
+fn millis_up(rest: Duration) -> u64 {
+    millis(rest + Duration::from_nanos(999_999))
 }

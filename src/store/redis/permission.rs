@@ -65,8 +65,8 @@ impl Permissions {
             .collect()
     }
 
-    /// The same for the error of a script. `call` is the command that called it, and `code` its
-    /// source.
+    /// Like [`of_command`](Self::of_command), for the error of a script. `call` is the command that
+    /// called it, and `code` its source.
     pub(super) async fn of_script(
         &self,
         error: RedisError,
@@ -297,10 +297,10 @@ mod tests {
             &cluster.modes.release,
         ] {
             let calls = |line: &str| line.matches("redis.call(").count() + line.matches("redis.pcall(").count();
-            for line in script.code().lines() {
+            for line in script.text().lines() {
                 assert!(calls(line) <= 1, "{line}");
             }
-            assert!(script.code().matches("redis.pcall(").count() <= 1);
+            assert!(script.text().matches("redis.pcall(").count() <= 1);
         }
     }
 }

@@ -12,8 +12,8 @@ use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
-use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState, StoreError};
-use crate::text::printable;
+use crate::store::{Holder, INSPECTED_MAX, KeyState, StoreError};
+use crate::text::{printable, shortened};
 
 pub(super) fn as_int(value: &Value) -> Option<i64> {
     match value {
@@ -61,11 +61,13 @@ impl Cut {
 
 impl Write for Cut {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        let room = Self::BYTES_MAX - self.0.len();
-        let longest = room.min(text.len());
-        let end = (0..=longest).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
-        self.0.push_str(&text[..end]);
-        if end < text.len() { Err(fmt::Error) } else { Ok(()) }
+        let kept = shortened(text, Self::BYTES_MAX - self.0.len());
+        self.0.push_str(kept);
+        if kept.len() < text.len() {
+            Err(fmt::Error)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -226,7 +228,7 @@ pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
     let holder_count = holders.len() as u64;
     let permits = holders.iter().map(|holder| holder.mode.weight());
     let permits_in_use = permits.fold(0, u32::saturating_add);
-    holders.truncate(INSPECTED_QUEUE_MAX);
+    holders.truncate(INSPECTED_MAX);
     let holder = owner.filter(|owner| owner != MARKER).map(|owner| Holder {
         is_manager: parse_owner_tag(&owner).is_some(),
         owner,

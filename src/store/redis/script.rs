@@ -101,13 +101,8 @@ impl LuaScript {
         Err(self.permissions.of_script(error, self.code, &call, connection).await)
     }
 
-    #[cfg(test)]
-    pub(super) fn code(&self) -> &str {
-        self.code
-    }
-
-    /// The same with another command sent right behind the script. Returns both replies, in one
-    /// round trip.
+    /// Like [`call`](Self::call), with another command sent right behind the script. Returns both
+    /// replies, in one round trip.
     pub(super) async fn call_before(
         &self,
         after: &Cmd,

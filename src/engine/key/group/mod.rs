@@ -119,7 +119,7 @@ impl<W> Group<W> {
     }
 
     pub(super) fn waiting_since(&self) -> Option<Moment> {
-        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let first = self.waiters.front();
         first.map(|first| first.since)
     }
 

@@ -150,7 +150,7 @@ impl<W> Group<W> {
         let Some((mode, hold)) = self.lanes.get_mut(index).map(|lane| (lane.mode, lane.hold.take())) else {
             return false;
         };
-        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let first = self.waiters.front();
         if let Some((options, since)) = first.map(|first| (first.options, first.since))
             && options.mode == mode
             && (self.may_serve(index, since, cx) || !self.has_claims_for_all(mode))

@@ -219,7 +219,7 @@ fn waiters_behind_a_token_regression_retry_with_a_new_cycle() {
 /// for one second. With short leases it asks even more often.
 #[test]
 fn waiter_that_no_grant_reaches_retries_often() {
-    for (ttl, owner_ttl, look_in) in [
+    for (ttl, owner_ttl, retry_in) in [
         (ms(400), Some(ms(5_000)), 100),
         (ms(400), Some(ms(50)), 52),
         (ms(400), None, 100),
@@ -243,7 +243,7 @@ fn waiter_that_no_grant_reaches_retries_often() {
         bench.reply(cycle, AcquireReply::Queued(position));
         assert_eq!(
             bench.queue.next_deadline(),
-            Some(bench.now + ms(look_in)),
+            Some(bench.now + ms(retry_in)),
             "{ttl:?} {owner_ttl:?}"
         );
     }
@@ -253,7 +253,7 @@ fn waiter_that_no_grant_reaches_retries_often() {
 /// the one last seen.
 #[test]
 fn waiter_far_back_in_the_queue_retries_in_bounded_time() {
-    for (ahead, look_in) in [(4_999, 12_500), (u64::MAX, 12_500)] {
+    for (ahead, retry_in) in [(4_999, 12_500), (u64::MAX, 12_500)] {
         let mut bench = Bench::new();
         let (_, seen) = bench.enqueue(0);
         let position = QueuePosition {
@@ -264,6 +264,6 @@ fn waiter_far_back_in_the_queue_retries_in_bounded_time() {
             is_subscribed: true,
         };
         bench.reply(seen.acquires().0, AcquireReply::Queued(position));
-        assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(look_in)), "{ahead}");
+        assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(retry_in)), "{ahead}");
     }
 }

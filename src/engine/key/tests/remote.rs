@@ -124,7 +124,7 @@ fn waiter_retries_when_the_owners_lease_has_expired() {
 
 #[test]
 fn waiters_further_back_retry_later_and_foreign_owners_cause_more_retries() {
-    for (owner_ttl, owner_foreign, ahead, look_in) in [
+    for (owner_ttl, owner_foreign, ahead, retry_in) in [
         (Some(ms(5_000)), false, 0, 5_002),
         (Some(ms(5_000)), false, 9, 5_020),
         (Some(ms(5_000)), true, 0, 402),
@@ -145,7 +145,7 @@ fn waiters_further_back_retry_later_and_foreign_owners_cause_more_retries() {
         bench.reply(cycle, AcquireReply::Queued(position));
         assert_eq!(
             bench.queue.next_deadline(),
-            Some(bench.now + ms(look_in)),
+            Some(bench.now + ms(retry_in)),
             "{position:?}"
         );
     }

@@ -20,7 +20,7 @@ use crate::identity::parse_owner_tag;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Push, ReleaseReply, RenewReply};
-use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState};
+use crate::store::{Holder, INSPECTED_MAX, KeyState};
 use lock::{HolderRecord, LeaseRecord, Lock, Member, mode_of};
 
 /// Leases, queues, counters and subscribed inboxes.
@@ -288,7 +288,7 @@ impl MemoryCore {
             })
             .collect();
         holders.sort_by(|a, b| (a.remaining, &a.owner).cmp(&(b.remaining, &b.owner)));
-        holders.truncate(INSPECTED_QUEUE_MAX);
+        holders.truncate(INSPECTED_MAX);
         let state = KeyState {
             holder,
             holder_count: lock.holders.len() as u64,
@@ -298,7 +298,7 @@ impl MemoryCore {
             queue: lock
                 .queue
                 .iter()
-                .take(INSPECTED_QUEUE_MAX)
+                .take(INSPECTED_MAX)
                 .map(|member| member.owner.clone())
                 .collect(),
             last_token,

@@ -59,7 +59,7 @@ use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::slow_log::RateLimit;
+use crate::rate_limit::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{self, Health, KeyState, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
@@ -101,7 +101,7 @@ struct Shared {
     /// How long to wait for one node.
     patience: Duration,
     /// Set by an unanswered renewal, to have the map read.
-    map_is_stale: AtomicBool,
+    slots_are_stale: AtomicBool,
     metrics: Arc<ShardMetrics>,
     /// Set if replicas must acknowledge a lease before it counts.
     replica_ack: Option<ReplicaAck>,
@@ -137,7 +137,7 @@ impl ClusterStore {
             shard: options.shard,
             timeout: options.timeout,
             patience: (options.timeout / 2).min(PATIENCE_MAX),
-            map_is_stale: AtomicBool::new(false),
+            slots_are_stale: AtomicBool::new(false),
             metrics: options.metrics,
             replica_ack: ReplicaAck::new(options.min_replicas_acked, options.timeout),
             inbox_idle_seconds,
@@ -305,7 +305,7 @@ impl LeaseStore for ClusterStore {
                 let fill = |command: &mut Cmd| shared.commands.fill_retire(command, &request, rest);
                 let node_reply = pool.script(&shared.scripts.retire, slot, None, &fill).await?;
                 if node_reply.value == Value::Int(1) {
-                    return Ok(answer(&node_reply, ReleaseReply::RETIRED));
+                    return Ok(answer(&node_reply, ReleaseReply::HELD));
                 }
                 // The lease is no longer ours.
                 repeated = node_reply.repeated;
@@ -313,11 +313,7 @@ impl LeaseStore for ClusterStore {
                 let fill = |command: &mut Cmd| shared.commands.fill_release_fast(command, &request.key, request.cycle);
                 let node_reply = pool.script(&shared.scripts.release_fast, slot, None, &fill).await?;
                 if node_reply.value == Value::Int(1) {
-                    let reply = ReleaseReply {
-                        held: true,
-                        requeued: None,
-                    };
-                    return Ok(answer(&node_reply, reply));
+                    return Ok(answer(&node_reply, ReleaseReply::HELD));
                 }
                 // A cycle waits after all, or the lease is no longer ours.
                 repeated = node_reply.repeated;
@@ -426,14 +422,14 @@ impl LeaseStore for ClusterStore {
             checked.close_idle();
         }
         Box::pin(async move {
-            let (mut look, map) = tokio::join!(health::probe(&pool), pool.map(MapStep::Read));
+            let (mut health, map) = tokio::join!(health::probe(&pool), pool.map(MapStep::Read));
             match map {
-                Err(error @ StoreError::MapMismatch { .. }) if look.reached.is_ok() => look.reached = Err(error),
+                Err(error @ StoreError::MapMismatch { .. }) if health.reached.is_ok() => health.reached = Err(error),
                 // The next lock stores the map again, after checking all shards.
                 Ok(MapState::None | MapState::Reserved) => pool.shared.map.forget(),
                 Ok(MapState::Ours) | Err(_) => {}
             }
-            look
+            health
         })
     }
 

@@ -189,11 +189,11 @@ impl NodePool {
     pub(super) async fn refresh(&self, version: u64) -> Result<(), StoreError> {
         match &self.substitute {
             Some(other) if self.checked.is_some() => Box::pin(other.refresh(version)).await,
-            _ => self.read_map(version).await,
+            _ => self.read_slots(version).await,
         }
     }
 
-    async fn read_map(&self, version: u64) -> Result<(), StoreError> {
+    async fn read_slots(&self, version: u64) -> Result<(), StoreError> {
         let _only_one = self.reading.lock().await;
         let topology = &self.shared.topology;
         if topology.version() != version {
@@ -211,7 +211,7 @@ impl NodePool {
         places.rotate_left(first);
         let mut failed: Option<StoreError> = None;
         for some in places.chunks(ASKED_AT_A_TIME) {
-            let asking = some.iter().map(|place| Box::pin(self.ask_for_map(place)));
+            let asking = some.iter().map(|place| Box::pin(self.ask_for_slots(place)));
             match select_ok(asking).await {
                 Ok((ranges, _)) => {
                     topology.replace(&ranges);
@@ -230,7 +230,7 @@ impl NodePool {
         Err(failed.unwrap_or_else(|| StoreError::Unavailable("no node is known".into())))
     }
 
-    async fn ask_for_map(&self, place: &NodeAddress) -> Result<Vec<Range>, StoreError> {
+    async fn ask_for_slots(&self, place: &NodeAddress) -> Result<Vec<Range>, StoreError> {
         let node = self.node(place, Slot::of(b""))?;
         match node.ask(cmd("CLUSTER").arg("SLOTS"), self.shared.patience).await {
             Ok(Ok(reply)) => match ranges(&reply, place) {

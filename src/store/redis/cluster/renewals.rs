@@ -70,7 +70,7 @@ pub(super) async fn renew(
                 }
                 Ok(Err(error)) => failed(pool, slot, group.len(), &error.to_string()),
                 Err(_) => {
-                    pool.shared.map_is_stale.store(true, Ordering::Release);
+                    pool.shared.slots_are_stale.store(true, Ordering::Release);
                     failed(pool, slot, group.len(), &format!("no answer within {limit:?}"));
                 }
             }
@@ -80,7 +80,7 @@ pub(super) async fn renew(
     drop(calls);
     match map {
         Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
-        Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
+        Ok(Ok(MapState::None | MapState::Reserved)) if RenewReply::some_are_extended(&replies) => {
             // The map was deleted while the leases were kept. Restore it before another map is
             // stored.
             let restored = tokio::time::timeout_at(deadline, pool.map(MapStep::Confirm)).await;
@@ -92,10 +92,6 @@ pub(super) async fn renew(
         Ok(_) | Err(_) => {}
     }
     Ok(replies)
-}
-
-fn is_extended(reply: &Option<RenewReply>) -> bool {
-    matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
 /// Logs that some leases of a slot were not renewed. A shard's outage is logged elsewhere.

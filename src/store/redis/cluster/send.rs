@@ -44,7 +44,7 @@ impl NodePool {
             return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
         }
         if is_exclusive {
-            let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Needed);
+            let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Done);
             let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
             if !concerns_modes(&node_reply.value) {
                 return Ok(node_reply);

@@ -58,7 +58,7 @@ const CONFIRMED_WITHIN: Duration = Duration::from_millis(20);
 /// How often subscriptions are compared with the map, and after how many comparisons the map is
 /// read.
 const TICK_EVERY: Duration = Duration::from_millis(500);
-const MAP_EVERY_TICKS: u32 = 4;
+const SLOTS_EVERY_TICKS: u32 = 4;
 /// After how many comparisons each connection with subscriptions is checked.
 const CHECK_EVERY_TICKS: u32 = 4;
 
@@ -175,8 +175,8 @@ pub(super) async fn run(
                 if tick.is_multiple_of(CHECK_EVERY_TICKS) && subscriber.checks.is_empty() {
                     subscriber.check();
                 }
-                let is_due = tick.is_multiple_of(MAP_EVERY_TICKS) && !subscriber.subscriptions.is_empty();
-                let is_wanted = subscriber.shared.map_is_stale.swap(false, Ordering::AcqRel);
+                let is_due = tick.is_multiple_of(SLOTS_EVERY_TICKS) && !subscriber.subscriptions.is_empty();
+                let is_wanted = subscriber.shared.slots_are_stale.swap(false, Ordering::AcqRel);
                 if (is_due || is_wanted) && reading.is_none() {
                     let (pool, version) = (Arc::clone(&subscriber.pool), subscriber.shared.topology.version());
                     reading = Some(Box::pin(async move {

@@ -1,4 +1,4 @@
-//! The connection of the watchdog's thread, and its substitute while it can't be opened.
+//! The connection of the background thread, and its substitute while it can't be opened.
 
 use std::sync::Arc;
 use std::time::Duration;

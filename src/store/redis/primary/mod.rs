@@ -3,7 +3,7 @@
 //! # Implementation details
 //!
 //! Connections: `connections` command connections run on the application's runtime. A key always
-//! uses the same one, so its requests keep their order. One connection on the watchdog's thread
+//! uses the same one, so its requests keep their order. One connection on the background thread
 //! carries renewals, and one only subscribes to the manager's inbox. A connection that carries
 //! commands never subscribes: an unsolicited push would be taken for a reply. If sentinels watch
 //! the primary, there is also one connection to each of them, used for subscriptions only
@@ -40,6 +40,7 @@ pub(super) mod fuzzing;
 mod health;
 mod known_inbox;
 mod link;
+mod quorum_node;
 mod renewals;
 mod send;
 mod sentinels;
@@ -72,8 +73,8 @@ use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::rate_limit::RateLimit;
 use crate::runtime::Runtimes;
-use crate::slow_log::RateLimit;
 use crate::store::login::Login;
 use crate::store::map::StoredMap;
 use crate::store::{
@@ -87,7 +88,7 @@ use checked::{Borrowed, Checked, PrimaryOpener, PrimaryPool};
 use discovery::Discovery;
 use failover::FailoverEvents;
 use known_inbox::InboxState;
-use link::Link;
+use link::{Link, Live};
 use renewals::CallShape;
 use send::ReleaseBy;
 use sentinels::Sentinels;
@@ -115,7 +116,7 @@ pub(super) struct Shared {
     era: AtomicU64,
     /// Wakes the listener to check that the server that executes commands knows the inbox.
     inbox_check: Notify,
-    inbox: InboxState,
+    inbox_state: InboxState,
     commands: Commands,
     map: StoredMap,
     timeout: Duration,
@@ -180,7 +181,7 @@ impl RedisStore {
             commands,
             era: AtomicU64::new(0),
             inbox_check: Notify::new(),
-            inbox: InboxState::default(),
+            inbox_state: InboxState::default(),
             timeout: options.timeout,
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
@@ -203,7 +204,7 @@ impl RedisStore {
         })
     }
 
-    /// The connections for requests about the server as a whole, sent by the watchdog's thread.
+    /// The connections for requests about the server as a whole, sent by the background thread.
     fn background(&self) -> BackgroundLinks {
         BackgroundLinks {
             own: Arc::clone(&self.background),
@@ -258,10 +259,11 @@ impl Shared {
         }
     }
 
-    fn note_reply(&self, slot: Slot, reply: &AcquireReply) {
+    fn note_reply(&self, live: &Live, slot: Slot, reply: &AcquireReply) {
         if let AcquireReply::Queued(position) = reply
             && !position.is_subscribed
         {
+            live.known_inbox.not_seen();
             self.inbox_check.notify_one();
         }
         self.token_floor.note_reply(slot, reply);
@@ -349,7 +351,7 @@ impl LeaseStore for RedisStore {
                     Ok(_) if shared.switches() != live.switches => attempts.was_discarded(None)?,
                     Ok(reply) => {
                         let reply = reply?;
-                        shared.note_reply(slot, &reply);
+                        shared.note_reply(&live, slot, &reply);
                         return Ok(Answer {
                             sent_at,
                             ttl: request.ttl,
@@ -401,10 +403,7 @@ impl LeaseStore for RedisStore {
                     within(sent_at, shared.patience(), asking).await
                 };
                 let mut reply = match answer.unwrap_or_else(|_| Err(shared.no_answer())) {
-                    Ok(Value::Int(1)) if by != ReleaseBy::PassingOn => ReleaseReply {
-                        held: true,
-                        requeued: None,
-                    },
+                    Ok(Value::Int(1)) if by != ReleaseBy::PassingOn => ReleaseReply::HELD,
                     // A cycle waits after all, or the lease is no longer ours.
                     Ok(_) if by != ReleaseBy::PassingOn => {
                         (free, may_retire) = (false, false);
@@ -426,7 +425,7 @@ impl LeaseStore for RedisStore {
                 // no longer ours is not a loss then.
                 reply.held |= attempts.may_have_released;
                 if let Some(reply) = &reply.requeued {
-                    shared.note_reply(slot, reply);
+                    shared.note_reply(&live, slot, reply);
                 }
                 reply.requeued = shared.only_confirmed(reply.requeued);
                 return Ok(Answer {

@@ -118,7 +118,7 @@ pub(super) async fn renew(
             return Err(error);
         }
     }
-    if map? != MapState::Ours && replies.iter().any(is_extended) {
+    if map? != MapState::Ours && RenewReply::some_are_extended(&replies) {
         // The map was deleted while the leases were kept. Restore it before another map is stored.
         restore_map(shared, link, live, limit / 5).await?;
     }
@@ -140,10 +140,6 @@ pub(super) async fn renew(
         replies.fill(None);
     }
     Ok(replies)
-}
-
-fn is_extended(reply: &Option<RenewReply>) -> bool {
-    matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
 /// Stores the map again. If there is no answer, the next renewal retries.

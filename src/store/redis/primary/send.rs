@@ -47,20 +47,21 @@ impl Shared {
             return Ok(acquired_fast(&replies, request.tokens));
         }
         if is_exclusive {
-            let (state, now) = (self.inbox.now(), Moment::now());
-            let inbox = match live.known_inbox.is_valid(state, now) {
-                true => InboxCheck::Unneeded,
-                false => InboxCheck::Needed,
+            let (subscription, now) = (self.inbox_state.subscription(), Moment::now());
+            let inbox = match live.known_inbox.is_known(subscription, now) {
+                true => InboxCheck::Skipped,
+                false => InboxCheck::Done,
             };
             let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor, inbox);
             let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
             if !concerns_modes(&value) {
                 let reply = acquired(&value, request.tokens);
-                if inbox == InboxCheck::Needed
+                if inbox == InboxCheck::Done
                     && let Ok(AcquireReply::Queued(position)) = &reply
                     && position.is_subscribed
+                    && let Some(subscription) = subscription
                 {
-                    live.known_inbox.seen(state, now);
+                    live.known_inbox.seen(subscription, now);
                 }
                 return Ok(reply);
             }
@@ -90,7 +91,7 @@ impl Shared {
             (acquired_fast(&replies, request.tokens), acked)
         } else {
             let (connection, scripts, wait) = (&mut live.connection, &self.scripts, wait.command());
-            let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor, InboxCheck::Needed);
+            let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor, InboxCheck::Done);
             let all_modes = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
             let mut call = None;
             if is_exclusive {
@@ -111,7 +112,7 @@ impl Shared {
             return Ok(Ok(reply));
         }
         // Its tokens were issued, whatever happens to the lease.
-        self.note_reply(slot, &reply);
+        self.note_reply(live, slot, &reply);
         // An error of `WAIT` itself may mean that the server is no longer a primary.
         let acked = acked.extract_error()?;
         Ok(ack.check(wait, &acked).map(|()| reply))

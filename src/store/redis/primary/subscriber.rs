@@ -60,7 +60,7 @@ pub(super) async fn run(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::
             Ok(Ok((inbox, place))) => {
                 failed = Failed::default();
                 shared.metrics.subscriptions.increment(1);
-                shared.inbox.changed();
+                let subscribed = shared.inbox_state.subscribed();
                 if pushes.send(Push::Resubscribed { slot: None }).is_err() {
                     return;
                 }
@@ -101,7 +101,7 @@ pub(super) async fn run(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::
                         return;
                     }
                 }
-                shared.inbox.changed();
+                drop(subscribed);
                 // If no request is in flight, nothing else detects that the server is gone.
                 shared.may_have_forgotten();
                 if pushes.send(Push::Disconnected).is_err() {

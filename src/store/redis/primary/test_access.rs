@@ -49,6 +49,7 @@ impl Compared for RedisStore {
     }
 
     fn inboxes_changed(&self) {
-        self.shared.inbox.changed();
+        // It lasts until the next call.
+        std::mem::forget(self.shared.inbox_state.subscribed());
     }
 }

@@ -14,6 +14,7 @@ local function acquire(owner, me, ttl, n, floor, try, channel, key)
     if try then
       return {0}
     end
+    -- For release.lua: acquire_behind.lua has answered an acquire before.
     return enqueue_behind(owner, me, floor, channel, key)
   end
   local head = redis.call('ZRANGE', KEYS[2], 0, 0)[1]

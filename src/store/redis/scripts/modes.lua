@@ -1,8 +1,8 @@
--- Shared leases and permits beside exclusive ones. Comes after queue.lua, and before
--- acquire_modes.lua or release_modes.lua, which serve all requests of cycles with a mode, and those
--- of exclusive cycles that acquire.lua or release.lua answer with {3}.
+-- Shared leases and permits beside exclusive ones. Comes after constants.lua and queue.lua, and
+-- before acquire_modes.lua or release_modes.lua, which serve all requests of cycles with a mode,
+-- and those of exclusive cycles that acquire.lua or release.lua answer with {3}.
 --
--- KEYS: 1 lease, 2 queue, 3 counter of the slot (see queue.lua), 4 holders (sorted set of
+-- KEYS: 1 lease, 2 queue, 3 counter of the slot (see constants.lua), 4 holders (sorted set of
 -- owner tags, scored by the end of the lease of each, in ms of this server's clock).
 --
 -- While there are holders, the lease is MARKER and expires with the last of them: so the SET NX of

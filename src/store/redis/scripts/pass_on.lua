@@ -1,4 +1,4 @@
--- Shared by acquire.lua and release.lua, which serve exclusive cycles. Before it comes
+-- Shared by the scripts that acquire and release for exclusive cycles. Before it comes
 -- constants.lua.
 
 -- The manager, the cycle and the TTL of a queue member whose mode is exclusive; nil for any other.

@@ -19,13 +19,13 @@ end
 -- If all waiters die, their queue outlives the lease by this many milliseconds.
 local QUEUE_GRACE = 60000
 
--- The most characters of an owner in a reply. No owner tag is longer, but the value of another
+-- The most bytes of an owner in a reply. No owner tag is longer, but the value of another
 -- library may have any length.
 local OWNER_MAX = 512
 
 -- The reply to a queued cycle: 2, mark, remaining TTL of the owner (-1: no expiry), the owner, how
--- many are ahead, whether a grant would reach it. The owner is false if it is known to be a
--- manager. Otherwise the client parses it, which takes longer here. `left` is the TTL, if known.
+-- many are ahead, whether a grant would reach it. The owner is null if it is known to be a manager.
+-- Otherwise the client parses it, which takes longer here. `left` is the TTL, if known.
 local function queued(mark, owner, ahead, reached, left)
   left = left and tonumber(left) or redis.call('PTTL', KEYS[1])
   -- Formatted here: the server would use 17 digits, which takes several times as long.

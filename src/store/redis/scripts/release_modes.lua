@@ -1,4 +1,4 @@
--- ARGV and replies: see release.lua; never {3}.
+-- ARGV and replies: see release_own.lua; never {3}.
 local me, next = ARGV[1], ARGV[6]
 n, floor, channel, key = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local held = is_held(me)
