@@ -1,7 +1,7 @@
 //! What a manager knows about its keys, locks and shards, and which shard owns which keys.
 //!
 //! [`LockManager::hot_keys`](crate::LockManager::hot_keys),
-//! [`held`](crate::LockManager::held), [`shards`](crate::LockManager::shards) and
+//! [`held`](crate::LockManager::held), [`shard_states`](crate::LockManager::shard_states) and
 //! [`inspect`](crate::LockManager::inspect) return these types. With the feature `serde` they
 //! implement `Serialize`, as the pages of the admin endpoint show them. Those of its pages also
 //! implement `Deserialize`, to read a page.
@@ -29,7 +29,7 @@ mod tests {
         assert_eq!((read[0].key.as_str(), read[0].token), ("k", guard.token()));
         assert_eq!(serde_json::to_value(&read).expect("JSON"), json);
 
-        let json = serde_json::to_value(locks.shards()).expect("JSON");
+        let json = serde_json::to_value(locks.shard_states()).expect("JSON");
         assert_eq!((&json[0]["name"], &json[0]["up"]), (&json!("m"), &json!(true)));
         assert!(json[0]["round_trip_ms"]["p99"].is_f64(), "{json}");
         let read: Vec<ShardState> = serde_json::from_value(json).expect("a page");

@@ -49,7 +49,7 @@
 //!     .max_hold(Duration::from_secs(60))
 //!     .connect()
 //!     .await?;
-//! assert_eq!(locks.shards().len(), 2);
+//! assert_eq!(locks.shard_states().len(), 2);
 //! # Ok(()) }
 //! ```
 //!
@@ -275,7 +275,7 @@
 //! connecting. [`METRICS`](metrics::METRICS) lists them, with what to do when one moves. With the
 //! feature `admin`, `shardlock::admin::Admin` serves them to Prometheus, together with health, hot
 //! keys and held locks. [`LockManager::hot_keys`], [`held`](LockManager::held) and
-//! [`shards`](LockManager::shards) return the same to the program:
+//! [`shard_states`](LockManager::shard_states) return the same to the program:
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]

@@ -344,7 +344,7 @@ impl LockManager {
 
     /// Returns the state of each shard, in the order of the configuration.
     #[must_use]
-    pub fn shards(&self) -> Vec<ShardState> {
+    pub fn shard_states(&self) -> Vec<ShardState> {
         snapshot::shards(&self.inner)
     }
 

@@ -98,7 +98,7 @@ pub struct HeldLock {
 }
 
 /// The state of a shard as seen by this manager. See
-/// [`LockManager::shards`](crate::LockManager::shards).
+/// [`LockManager::shard_states`](crate::LockManager::shard_states).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]

@@ -121,7 +121,7 @@ async fn assert_jumps_are_reported(measured: &Measured, servers: &[&RedisServer]
     until_reported(measured, 2, 5.0).await;
     other_clock::set(servers[0].dir(), 0);
     until_reported(measured, 3, -4.0).await;
-    assert!(measured.locks.shards()[0].is_up);
+    assert!(measured.locks.shard_states()[0].is_up);
 }
 
 #[tokio::test]

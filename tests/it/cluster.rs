@@ -217,7 +217,7 @@ async fn lingering_lease_lost_in_a_failover_is_not_reused() {
     let keeper = keeper.connect().await.expect("connect");
     let key = key_on(&cluster, 0);
     let token = lock_in_time(&keeper, &key).await;
-    assert_eq!(keeper.shards()[0].lingering, 1);
+    assert_eq!(keeper.shard_states()[0].lingering, 1);
     let (_, new) = cluster.fail_over(slot(&key));
     // Simulates a lease that was not replicated.
     cluster.nodes()[new].command(&["DEL", &format!("lock:{key}")]);

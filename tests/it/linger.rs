@@ -44,7 +44,7 @@ fn has_short_leases(store: &TestStore) -> bool {
 
 /// The number of lingering leases.
 fn kept(locks: &LockManager) -> usize {
-    locks.shards().iter().map(|shard| shard.lingering).sum()
+    locks.shard_states().iter().map(|shard| shard.lingering).sum()
 }
 
 /// The holder of the key according to the store.
@@ -142,7 +142,7 @@ on_each_store! {
         until("the lease ends", async || kept(&locks) == 0).await;
         assert!(started.elapsed() >= linger * 7 / 8, "{:?}", started.elapsed());
         store.is_empty(&locks, "k").await;
-        assert!(locks.shards().iter().all(|shard| shard.leases == 0));
+        assert!(locks.shard_states().iter().all(|shard| shard.leases == 0));
     }
 
     async fn lingering_lease_is_renewed(store: &TestStore) {

@@ -324,7 +324,7 @@ on_each_store! { on(servers);
         let idle = store.manager().await;
         lock_once(&idle).await;
         let waiting = tokio::spawn(locks.lock("one").into_future());
-        until("a waiter", async || locks.shards()[0].waiters == 1).await;
+        until("a waiter", async || locks.shard_states()[0].waiters == 1).await;
         servers.set_map(store.namespace(), Some("v2 a:0-8191,b:8192-16383 here=b"));
         for guard in [one, other] {
             let reason = soon("the loss", guard.lost()).await;

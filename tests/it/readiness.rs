@@ -41,7 +41,7 @@ async fn process_is_ready_while_any_shard_is_up_and_the_page_names_the_others() 
     assert_eq!((status, page), (200, both_up));
 
     two.kill();
-    until("the dead shard is reported", async || !locks.shards()[1].is_up).await;
+    until("the dead shard is reported", async || !locks.shard_states()[1].is_up).await;
     let (status, page) = readyz(admin.address());
     assert_eq!((status, &page["ready"]), (200, &json!(true)), "{page}");
     assert_eq!(page["shards"][0], json!({"name": "one", "up": true}));
@@ -52,7 +52,7 @@ async fn process_is_ready_while_any_shard_is_up_and_the_page_names_the_others() 
         down["reason"].as_str().is_some_and(|reason| !reason.is_empty()),
         "{page}"
     );
-    let state = &locks.shards()[1];
+    let state = &locks.shard_states()[1];
     assert!(state.reason.is_some() && state.down_for.is_some(), "{state:?}");
 
     one.kill();
@@ -106,7 +106,7 @@ async fn is_not_ready_while(server: &RedisServer, begin: impl Fn(), end: impl Fn
     assert_eq!(page["shards"][0]["up"], json!(false), "{page}");
     let given = page["shards"][0]["reason"].as_str().unwrap_or_default();
     assert!(given.contains(reason), "{page}");
-    assert!(!locks.shards()[0].is_up);
+    assert!(!locks.shard_states()[0].is_up);
     // The server does refuse locks.
     let refused = locks.try_lock("k").await.unwrap_err();
     assert!(!refused.is_timeout(), "{refused}");
@@ -220,7 +220,7 @@ on_each_store! { on(servers, own);
     async fn shard_that_is_down_is_not_ready_even_without_requests(store: &TestStore) {
         let (locks, admin) = serve(store.builder().store_timeout(LOOK_LIMIT)).await;
         let is_ready = || get(admin.address(), "/readyz").0 == 200;
-        assert!(is_ready() && locks.shards()[0].is_up);
+        assert!(is_ready() && locks.shard_states()[0].is_up);
         // The shard stays ready for longer than the interval of the health checks.
         let still = Instant::now() + Duration::from_secs(4);
         while Instant::now() < still {
@@ -230,7 +230,7 @@ on_each_store! { on(servers, own);
 
         store.servers().kill_all();
         let killed = Instant::now();
-        until("the shard is reported down", async || !locks.shards()[0].is_up).await;
+        until("the shard is reported down", async || !locks.shard_states()[0].is_up).await;
         assert!(killed.elapsed() < KNOWN_WITHIN, "{:?}", killed.elapsed());
         assert_eq!(get(admin.address(), "/readyz").0, 503);
 
@@ -253,7 +253,7 @@ on_each_store! { on(redis_nodes, own);
             let set = |value| store.servers().command(&["CONFIG", "SET", setting, value]);
             set("100");
             until("the shard is not ready", async || !is_ready()).await;
-            assert!(!locks.shards()[0].is_up);
+            assert!(!locks.shard_states()[0].is_up);
             // Another key than the one below: its release may have been refused, too.
             assert!(locks.try_lock(setting).await.is_err());
             // The shard stays not ready although renewals are answered.

@@ -236,7 +236,7 @@ async fn keeper(watched: &Watched) -> (LockManager, u64) {
     let builder = LockManager::builder().shard(watched.url()).ttl(LONG).linger(LONG);
     let locks = builder.connect().await.expect("connect");
     let token = lock_in_time(&locks, "k").await;
-    assert_eq!(locks.shards()[0].lingering, 1);
+    assert_eq!(locks.shard_states()[0].lingering, 1);
     (locks, token)
 }
 

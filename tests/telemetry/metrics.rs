@@ -181,7 +181,7 @@ async fn counts_are_exact_under_load_and_histograms_have_their_values() {
         0.0
     );
     // Each guard belongs to a batch.
-    let state = &locks.shards()[0];
+    let state = &locks.shard_states()[0];
     assert_eq!((state.acquired, state.local as f64), (8000, local));
     becomes("shardlock_local_batch_size_sum", &["shard=\"load\""], |value| {
         value >= 1.0
@@ -259,11 +259,11 @@ async fn subscription_reconnects_and_stale_grants_are_counted() {
 async fn killed_server_is_reported_down_even_without_requests() {
     let server = RedisServer::start();
     let locks = builder("idle", &server.url()).connect().await.unwrap();
-    assert!(locks.shards()[0].is_up);
+    assert!(locks.shard_states()[0].is_up);
     assert_eq!(sum("shardlock_shard_up", &["shard=\"idle\""]), 1.0);
     server.kill();
     becomes("shardlock_shard_up", &["shard=\"idle\""], |value| value == 0.0).await;
-    assert!(!locks.shards()[0].is_up);
+    assert!(!locks.shard_states()[0].is_up);
     server.restart();
     becomes("shardlock_shard_up", &["shard=\"idle\""], |value| value == 1.0).await;
 }
@@ -355,7 +355,7 @@ async fn longest_hold_and_wait_are_reported() {
         let locks = locks.clone();
         async move { lock(&locks, "k").await.release().await }
     });
-    becomes("shardlock_oldest_lease_seconds", &["shard=\"oldest\""], |value| {
+    becomes("shardlock_oldest_guard_seconds", &["shard=\"oldest\""], |value| {
         value > 0.5
     })
     .await;
@@ -366,7 +366,7 @@ async fn longest_hold_and_wait_are_reported() {
     becomes("shardlock_leases", &["shard=\"oldest\""], |value| value == 1.0).await;
     guard.release().await.unwrap();
     waiting.await.unwrap().unwrap();
-    becomes("shardlock_oldest_lease_seconds", &["shard=\"oldest\""], |value| {
+    becomes("shardlock_oldest_guard_seconds", &["shard=\"oldest\""], |value| {
         value == 0.0
     })
     .await;

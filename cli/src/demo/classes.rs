@@ -92,7 +92,7 @@ impl Work {
 
 /// A key with this name on a shard that has all modes, if there is one.
 fn key_with_modes(locks: &LockManager, name: &str) -> Option<String> {
-    let shards = locks.shards();
+    let shards = locks.shard_states();
     let has_modes = |key: &String| {
         let index = LockKey::new(key).map(|key| locks.shard_map().index(key.slot()));
         let shard = index.ok().and_then(|index| shards.get(index));

@@ -63,7 +63,7 @@ pub(super) fn info(agent: &Agent) -> String {
         agent.locks.id()
     )
     .ok();
-    for (index, shard) in agent.locks.shards().iter().enumerate() {
+    for (index, shard) in agent.locks.shard_states().iter().enumerate() {
         let up = u8::from(shard.is_up);
         write!(
             text,

@@ -193,7 +193,7 @@ impl Shards {
     }
 
     fn shards(&self, per_shard: &BTreeMap<String, (usize, usize)>) -> Vec<Shard> {
-        let shards = self.locks.shards().into_iter().map(|shard| {
+        let shards = self.locks.shard_states().into_iter().map(|shard| {
             let (leases, waiters) = per_shard.get(&shard.name).copied().unwrap_or_default();
             Shard {
                 kind: shard.kind,
