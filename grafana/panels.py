@@ -121,7 +121,7 @@ AT_A_GLANCE = Row(
             "The share of requests that ended with a timeout, a full queue, an unavailable shard "
             "or a refusal. Above 1 %, users notice. The outcomes below show the cause: timeout "
             "means contention (hot keys), queue_full overload (saturation), unavailable or "
-            "refused the store (last row).",
+            "refused the store (the row Redis and other stores).",
             [
                 (
                     ratio(rate("shardlock_acquisitions_total", FAILED), rate("shardlock_acquisitions_total", JUDGED)),
@@ -183,8 +183,8 @@ AT_A_GLANCE = Row(
         Panel(
             "Requests without a lock, by outcome",
             "busy: a try found the lock held, which is an answer, not a failure. timeout: the "
-            "wait limit has passed, see the hot keys. queue_full: a limit on waiters was reached, "
-            "shed load. unavailable, refused: see the shard and the log. closed: the manager was "
+            "timeout of the request has passed, see the hot keys. queue_full: a limit on waiters "
+            "was reached, shed load. unavailable, refused: see the shard and the log. closed: the manager was "
             "shut down. cancelled: the application dropped its request.",
             [
                 (
@@ -222,7 +222,7 @@ CONTENTION = Row(
         ),
         Panel(
             "Wait, 99th percentile, by class",
-            "Which class waits. A class close to its wait limit is about to fail: check what "
+            "Which class waits. A class close to its timeout is about to fail: check what "
             "holds its keys, and for how long. Of all processes, over 5 minutes.",
             [(recorded("job_class:shardlock_wait_seconds:p99_rate5m", JOB_CLASS), "{{job}} {{class}}")],
             unit=units.Seconds,
@@ -250,7 +250,8 @@ CONTENTION = Row(
             "There is no metric for a whole hand-off. The closest is the round trip of the "
             "requests that hand a lock to another process (release, and requeue if local tasks "
             "still wait); the server pushes the grant halfway through. Local hand-offs need no "
-            "request. If high, the shard's server or the network to it is slow; see the last row.",
+            "request. If high, the shard's server or the network to it is slow; see the row Redis "
+            "and other stores.",
             [
                 (
                     quantile(0.5, "shardlock_store_round_trip_seconds", HANDING_OVER, "request"),
@@ -333,8 +334,8 @@ SAFETY = Row(
         Panel(
             "Renewals",
             "extended is the normal case. failed: the shard did not answer, and the renewal is "
-            "retried until the lease expires; see the last row. not_ours: the lease was gone, and "
-            "so was lost.",
+            "retried until the lease expires; see the row Redis and other stores. not_ours: the "
+            "lease was gone, and so was lost.",
             [(total(rate("shardlock_renewals_total", SHARD), "outcome"), "{{outcome}}")],
             unit=units.OpsPerSecond,
         ),
@@ -455,7 +456,7 @@ SATURATION = Row(
             "How long the oldest guard of each class has been held. Above the longest job, a task "
             "is stuck under its lock: see /held, and set max_hold so that such a hold ends by "
             "itself.",
-            [(f"max by (shard, class) (shardlock_oldest_lease_seconds{{{CLASS_OF_SHARD}}})", "{{shard}} {{class}}")],
+            [(f"max by (shard, class) (shardlock_oldest_guard_seconds{{{CLASS_OF_SHARD}}})", "{{shard}} {{class}}")],
             unit=units.Seconds,
             width=12,
         ),

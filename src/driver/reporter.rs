@@ -121,7 +121,7 @@ impl ByClass {
     fn add_guard(&mut self, held: &HeldSnapshot) {
         let mode = held.cycle.mode();
         let of_class = self.of(held.class);
-        of_class.oldest_lease = of_class.oldest_lease.max(held.age);
+        of_class.oldest_guard = of_class.oldest_guard.max(held.age);
         // The class of a guard is known once its task has collected it, which is immediately.
         if held.caller.is_some() {
             of_class.guards[mode.kind()] += 1;

@@ -8,14 +8,14 @@ use parking_lot::Mutex;
 
 use super::class::OTHER_CLASS;
 use super::recorder::{Gauge, gauge};
-use super::table::{GUARDS, OLDEST_LEASE, OLDEST_WAITER, PERMITS_IN_USE, PERMITS_LIMIT};
+use super::table::{GUARDS, OLDEST_GUARD, OLDEST_WAITER, PERMITS_IN_USE, PERMITS_LIMIT};
 use crate::mode::LockMode;
 
 /// What the keys of a shard show of a class.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ClassSnapshot {
     /// How long the longest hold and the longest wait have lasted.
-    pub(crate) oldest_lease: Duration,
+    pub(crate) oldest_guard: Duration,
     pub(crate) oldest_waiter: Duration,
     /// The number of guards, by the kind of their mode.
     pub(crate) guards: [usize; LockMode::KINDS],
@@ -36,7 +36,7 @@ pub(super) struct ClassGauges {
 
 #[derive(Debug)]
 struct Gauges {
-    oldest_lease: Gauge,
+    oldest_guard: Gauge,
     oldest_waiter: Gauge,
     /// By the kind of mode. `None` for one that the class has not been seen in.
     guards: [Option<Gauge>; LockMode::KINDS],
@@ -93,7 +93,7 @@ impl Gauges {
     fn new(shard: &str, class: &str) -> Self {
         let (shard_label, class_label) = (|| shard.to_owned(), || class.to_owned());
         let mut gauges = Self {
-            oldest_lease: gauge!(OLDEST_LEASE, "shard" => shard_label(), "class" => class_label()),
+            oldest_guard: gauge!(OLDEST_GUARD, "shard" => shard_label(), "class" => class_label()),
             oldest_waiter: gauge!(OLDEST_WAITER, "shard" => shard_label(), "class" => class_label()),
             guards: [const { None }; LockMode::KINDS],
             permits: None,
@@ -116,7 +116,7 @@ impl Gauges {
     }
 
     fn set(&mut self, seen: &ClassSnapshot, shard: &str, class: &str) {
-        self.oldest_lease.set(seen.oldest_lease.as_secs_f64());
+        self.oldest_guard.set(seen.oldest_guard.as_secs_f64());
         self.oldest_waiter.set(seen.oldest_waiter.as_secs_f64());
         for mode in LockMode::ONE_OF_EACH {
             let is_waited_for = matches!(mode, LockMode::Permits { .. }) && seen.permits_limit > 0;

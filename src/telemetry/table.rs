@@ -130,7 +130,7 @@ metric_table! {
     OLDEST_WAITER = "shardlock_oldest_waiter_seconds", Gauge, Seconds, ["shard", "class"],
         "how long the longest waiting task of the class has waited; 0 if no task waits",
         "above the usual hold time times the queue length: the holder is stuck; find out who holds the key";
-    OLDEST_LEASE = "shardlock_oldest_lease_seconds", Gauge, Seconds, ["shard", "class"],
+    OLDEST_GUARD = "shardlock_oldest_guard_seconds", Gauge, Seconds, ["shard", "class"],
         "how long the guard of the class that is held longest has been held; 0 if there is none",
         "above the longest job: a task is stuck under its lock; look at the held locks, and set max_hold";
     HAND_OFFS = "shardlock_hand_offs_total", Counter, Count, ["shard", "kind"],
