@@ -46,7 +46,7 @@ Environment:
   SHARDLOCK_AGENT_PASSWORD, SHARDLOCK_AGENT_PASSWORD_FILE
                        the agent's password, or a file with the password in its first line, for exec
   SHARDLOCK_CONFIG     path of the configuration file
-  SHARDLOCK_METRICS    address to serve metrics on, like --metrics; if it is unavailable, exec warns and runs anyway
+  SHARDLOCK_METRICS    address to serve metrics on, like --metrics; if it is unavailable, exec and serve warn and run without it
   SHARDLOCK_LOG        log level on standard error: off, error, warn (the default), info, debug or trace
 
 Empty variables count as unset. Variables that Kubernetes adds for Services are ignored.

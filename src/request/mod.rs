@@ -133,11 +133,11 @@ impl LockRequest {
     /// Requests the key in shared mode: any number of shared holders at a time, and no exclusive
     /// one beside them.
     ///
-    /// Nobody is passed: while an exclusive request waits, later shared ones wait behind it. Tasks
-    /// of one manager share one lease, and join those that hold the key already without network
-    /// traffic; those that come while other processes wait do not join, but wait for the next turn.
-    /// Each guard has its own token and its own `max_hold`. The lease lasts for the longest TTL of
-    /// its guards.
+    /// Nobody can jump the queue: while an exclusive request waits, later shared ones wait behind
+    /// it. Tasks of one manager share one lease, and join those that hold the key already without
+    /// network traffic; those that come while other processes wait do not join, but wait for the
+    /// next turn. Each guard has its own token and its own `max_hold`. The lease lasts for the
+    /// longest TTL of its guards.
     ///
     /// # Examples
     ///
