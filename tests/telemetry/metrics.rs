@@ -396,10 +396,10 @@ async fn longest_hold_and_wait_are_reported_by_class() {
     assert!(support_locks::poll_once(&mut job).is_none());
     eventually("each class has its own longest hold or wait", PATIENCE, || {
         let long = |what, class| oldest(what, class) > 0.5;
-        long("lease", "leader") && long("waiter", "standby") && long("waiter", "job")
+        long("guard", "leader") && long("waiter", "standby") && long("waiter", "job")
     })
     .await;
-    for (what, class) in [("lease", "standby"), ("lease", "job"), ("waiter", "leader")] {
+    for (what, class) in [("guard", "standby"), ("guard", "job"), ("waiter", "leader")] {
         assert_eq!(oldest(what, class), 0.0, "{what} {class}");
     }
     drop(standby);
@@ -407,11 +407,11 @@ async fn longest_hold_and_wait_are_reported_by_class() {
         oldest("waiter", "standby") == 0.0
     })
     .await;
-    assert!(oldest("waiter", "job") > 0.5 && oldest("lease", "leader") > 0.5);
+    assert!(oldest("waiter", "job") > 0.5 && oldest("guard", "leader") > 0.5);
     guard.release().await.unwrap();
     job.await.unwrap().release().await.unwrap();
     eventually("all is over", PATIENCE, || {
-        oldest("waiter", "job") + oldest("lease", "leader") + oldest("lease", "job") == 0.0
+        oldest("waiter", "job") + oldest("guard", "leader") + oldest("guard", "job") == 0.0
     })
     .await;
 }
