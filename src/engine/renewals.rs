@@ -52,8 +52,8 @@ impl<T> Due<T> {
     }
 }
 
-/// The fraction of its TTL after which the renewal of a lease is late: a third, or more if less
-/// than a quarter of the time that was left when it became due has passed by then.
+/// The fraction of its TTL after which the renewal of a lease is late: a third, but not before a
+/// quarter of the time that was left when it became due has passed.
 fn late_after(renew_fraction: f64) -> f64 {
     (1.0_f64 / 3.0).max(renew_fraction + (1.0 - renew_fraction) / 4.0)
 }

@@ -48,9 +48,10 @@ impl Shared {
         }
         if is_exclusive {
             let (subscription, now) = (self.inbox_state.subscription(), Moment::now());
-            let inbox = match live.known_inbox.is_known(subscription, now) {
-                true => InboxCheck::Skipped,
-                false => InboxCheck::Done,
+            let inbox = if live.known_inbox.is_known(subscription, now) {
+                InboxCheck::Skipped
+            } else {
+                InboxCheck::Done
             };
             let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor, inbox);
             let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
