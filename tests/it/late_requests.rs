@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Proxy], builder: Builder, ttl: Duration) {
     let locks = builder
         .ttl(ttl)
-        .store_timeout(Duration::from_millis(500))
+        .store_timeout(Duration::from_secs(2))
         .connect()
         .await
         .expect("connect");

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use shardlock::error::LockErrorKind;
 use shardlock::{FencingToken, LockError, LockGuard, LockManager};
 use support::{Worker, worker};
-use support_locks::{TestStore, builder_of, lock, on_each_store, soon, until, until_queued};
+use support_locks::{MARGIN, TestStore, builder_of, lock, on_each_store, soon, until, until_queued};
 use tokio::task::{JoinHandle, JoinSet};
 
 /// Leads until the test ends. Reports the token of each term, each end of one, and each step of the
@@ -194,7 +194,7 @@ on_each_store! {
             })
             .await;
             if let Some(took) = killed.map(|killed| killed.elapsed()) {
-                let limit = store.kind().dead_within(store.short_ttl()) + Duration::from_millis(500);
+                let limit = store.kind().dead_within(store.short_ttl()) + MARGIN;
                 assert!(took < limit, "{took:?}");
             }
             let mut leader = candidates.swap_remove(leader.expect("just seen"));

@@ -7,7 +7,7 @@ use shardlock::error::LockErrorKind;
 use shardlock::{LockManager, LossReason};
 use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, eventually};
-use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until, until_queued, waiting};
+use support_locks::{MARGIN, TestStore, lock, on_each_store, poll_once, soon, until, until_queued, waiting};
 
 on_each_store! {
     on(redis sentinel cluster, own);
@@ -198,7 +198,7 @@ async fn assert_killed_holder_is_succeeded(store: &TestStore, count: impl FnOnce
     holder.kill();
     let guard = soon("the first waiter", waiting.remove(0)).await.expect("a task");
     let (took, bound) = (killed.elapsed(), store.kind().dead_within(store.short_ttl()));
-    assert!(took < bound + Duration::from_millis(400), "{took:?}");
+    assert!(took < bound + MARGIN, "{took:?}");
     assert!(waiting.iter().all(|task| !task.is_finished()));
     counted();
     guard.release().await.expect("release");

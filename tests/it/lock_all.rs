@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockAllGuard, LockAllRequest, LockKey, LockManager, LockMode, LossReason};
 use support::PATIENCE;
-use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until, until_queued};
+use support_locks::{MARGIN, TestStore, lock, on_each_store, poll_once, soon, until, until_queued};
 
 /// The keys in the order in which `lock_all` locks them.
 fn in_order<const N: usize>(mut keys: [&'static str; N]) -> [&'static str; N] {
@@ -139,7 +139,8 @@ on_each_store! {
         let (locks, other) = (store.manager().await, store.manager().await);
         let [first, middle, last] = in_order(["a", "b", "c"]);
         let (early, late) = (lock(&other, middle).await, lock(&other, last).await);
-        let limit = Duration::from_millis(400);
+        // The second half is longer than the margin.
+        let limit = 5 * MARGIN / 2;
         let started = Instant::now();
         let waiting = tokio::spawn(locks.lock_all([last, middle, first]).timeout(limit).into_future());
         until_queued(&other, middle, 1).await;
@@ -148,7 +149,7 @@ on_each_store! {
         early.release().await.expect("release");
         let error = soon("the timeout", waiting).await.expect("a task").expect_err("the last key is held");
         let took = started.elapsed();
-        assert!(took >= limit && took < limit + Duration::from_millis(150), "{took:?}");
+        assert!(took >= limit && took < limit + MARGIN, "{took:?}");
         assert_eq!((error.key(), error.timeout()), (Some(last), Some(limit)), "{error}");
         let waited = error.waited().expect("a duration");
         assert!(waited >= limit && waited <= took, "{waited:?}");

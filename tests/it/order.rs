@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until_queued};
+use support_locks::{MARGIN, TestStore, lock, on_each_store, poll_once, soon, until_queued};
 use tokio::task::JoinSet;
 
 on_each_store! {
@@ -202,7 +202,7 @@ on_each_store! {
         guard.release().await.expect("release");
         let guard = soon("the next", waiting).await.expect("a task");
         let took = started.elapsed();
-        assert!(took < store.short_ttl() + Duration::from_millis(400), "{took:?}");
+        assert!(took < store.short_ttl() + MARGIN, "{took:?}");
         // The release, and at most a few requests at the end of the TTL.
         assert!(server.script_calls() <= 6, "{:?}", server.commands());
         dead.kill();

@@ -197,9 +197,7 @@ async fn server_without_role_is_refused_unless_the_check_is_off() {
         "{error}"
     );
     assert!(error.to_string().contains("set check_role = false"), "{error}");
-    let builder = LockManager::builder()
-        .shard(server.url())
-        .ttl(Duration::from_millis(500));
+    let builder = LockManager::builder().shard(server.url()).ttl(Duration::from_secs(2));
     let locks = builder.check_role(false).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     let other = lock(&locks, "other").await;

@@ -13,7 +13,7 @@ use shardlock::{LockManager, LossReason};
 use support::proxy::Proxy;
 use support::sentinel::{Watched, in_step};
 use support::{ClientType, RedisServer};
-use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
+use support_locks::{MARGIN, hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
 
 /// Long enough that no test waits for its end by mistake.
 const LONG_TTL: Duration = Duration::from_secs(60);
@@ -181,7 +181,7 @@ async fn a_lock_whose_renewals_no_replica_confirms_is_lost_in_time() {
     watched.cut_replication();
     let cut = Instant::now();
     assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
-    assert!(cut.elapsed() < ttl + Duration::from_millis(500), "{:?}", cut.elapsed());
+    assert!(cut.elapsed() < ttl + MARGIN, "{:?}", cut.elapsed());
 }
 
 /// Many turns of several managers, without overlapping holders and without duplicate tokens.

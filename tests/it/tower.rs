@@ -126,7 +126,7 @@ on_each_store! {
 
     async fn unavailable_shard_is_an_error_and_the_service_is_not_called(store: &TestStore) {
         let locks = store.manager().await;
-        let limit = Duration::from_millis(50);
+        let limit = Duration::from_secs(1);
         let requests = locks.clone();
         let layer = LockLayer::new(move |request: &Request<()>| {
             Some(requests.lock(request.uri().path()).timeout(limit))

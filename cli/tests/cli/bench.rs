@@ -435,7 +435,7 @@ fn killed_server_fails_locks_and_sets_the_exit_code() {
         "--duration",
         "3s",
     ]);
-    command.args(["--shard", &server.url(), "--set", "store_timeout=200ms"]);
+    command.args(["--shard", &server.url(), "--set", "store_timeout=1s"]);
     let mut bench = Run::start(command);
     wait_until("locks are acquired", PATIENCE, || server.script_calls() > 0);
     server.kill();

@@ -26,6 +26,9 @@ pub use measured::Measured;
 /// A TTL long enough for a loaded machine and short enough to wait until it expires.
 pub const SHORT_TTL: Duration = Duration::from_millis(800);
 
+/// How much later than it is due something may happen on a busy machine.
+pub const MARGIN: Duration = Duration::from_secs(1);
+
 /// Runs each test on each kind of store, as `name::on_memory`, `name::on_redis` and so on.
 /// `on(...)` restricts the tests to the given kinds and sets of kinds (see [`tests_on!`]). By
 /// default the servers are shared by all tests, and each test has its own namespace on them. With
