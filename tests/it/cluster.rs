@@ -2,12 +2,15 @@
 
 mod migration;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
 use shardlock::introspect::Slot;
 use shardlock::{LockGuard, LockManager, LossReason};
+use support::filter::{Filter, Verdict};
 use support::proxy::Proxy;
 use support::{ClientType, Cluster, RedisServer};
 use support_locks::{lock, lock_in_time, soon, until, until_queued};
@@ -312,6 +315,39 @@ async fn silent_subscription_is_replaced() {
     let started = Instant::now();
     hand_over(guard, next).await.release().await.expect("release");
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+}
+
+/// Regression: the request that was sent again found the lock taken, by its own first attempt. The
+/// manager went on with another cycle, and the lock stayed taken for its whole TTL.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acquire_whose_reply_is_lost_has_the_lock() {
+    let cluster = Cluster::start(1, 0);
+    let node = &cluster.nodes()[0];
+    let losing = Arc::new(AtomicBool::new(false));
+    let proxy = Filter::start(node.address(), {
+        let losing = Arc::clone(&losing);
+        move |command| {
+            let is_of_a_lease = command.iter().any(|word| word.starts_with(b"lock:key-"));
+            if is_of_a_lease && losing.swap(false, Ordering::SeqCst) {
+                return Verdict::LoseReply;
+            }
+            Verdict::Pass
+        }
+    });
+    let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let url = format!("redis+cluster://{}", proxy.address());
+    let builder = LockManager::builder().shard(url).ttl(Duration::from_secs(60));
+    let locks = builder.connect().await.expect("connect");
+    // Loads the scripts.
+    lock(&locks, "key-0").await.release().await.expect("release");
+    for key in ["key-1", "key-1", "key-2", "key-2"] {
+        losing.store(true, Ordering::SeqCst);
+        let guard = lock(&locks, key).await;
+        assert!(!losing.load(Ordering::SeqCst), "a reply was lost");
+        guard.release().await.expect("release");
+    }
+    is_empty(&cluster).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

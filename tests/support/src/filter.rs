@@ -16,6 +16,8 @@ pub enum Verdict {
     Refuse(&'static str),
     /// Close the connection.
     HangUp,
+    /// Pass it on, and close the connection in place of its reply.
+    LoseReply,
 }
 
 /// The proxy. Its connection threads end with their connections, and its accepting thread ends when
@@ -126,9 +128,10 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
                 continue;
             }
         }
-        match judge(&words) {
-            Verdict::Pass => {}
-            verdict => {
+        let verdict = judge(&words);
+        match verdict {
+            Verdict::Pass | Verdict::LoseReply => {}
+            _ => {
                 stopped.fetch_add(1, Ordering::Relaxed);
                 let Verdict::Refuse(error) = verdict else { return Ok(()) };
                 to_client.write_all(format!("-{error}\r\n").as_bytes())?;
@@ -143,6 +146,9 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
         }
         raw.clear();
         read_value(&mut replies, &mut raw, &mut Vec::new())?;
+        if verdict == Verdict::LoseReply {
+            return Ok(());
+        }
         to_client.write_all(&raw)?;
     }
 }

@@ -5,13 +5,13 @@ use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
 use super::super::commands::InboxCheck;
 use super::super::map;
 use super::super::replica_ack::ReplicaWait;
-use super::super::reply::{concerns_modes, inspected};
+use super::super::reply::{acquired, concerns_modes, inspected};
 use super::super::script::{LuaScript, Named};
 use super::dispatch::{Call, CallError, NodeReply};
 use super::pool::NodePool;
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
-use crate::protocol::{Acquire, AcquireKind, Release};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Release};
 use crate::store::{KeyState, MapState, MapStep, StoreError};
 
 impl NodePool {
@@ -41,7 +41,12 @@ impl NodePool {
         let is_exclusive = request.cycle.mode().is_exclusive();
         if is_exclusive && request.kind == AcquireKind::Fast {
             let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
-            return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
+            let node_reply = self.script(&scripts.acquire_fast, slot, wait, &fill).await?;
+            let reply = acquired(&node_reply.value, request.tokens).map_err(CallError::Failed)?;
+            // An attempt whose reply was lost may have taken it. The longer script recognizes that.
+            if !node_reply.repeated || reply != AcquireReply::Busy {
+                return Ok(node_reply);
+            }
         }
         if is_exclusive {
             let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Done);
