@@ -341,6 +341,7 @@ async fn acquire_whose_reply_is_lost_has_the_lock() {
     let locks = builder.connect().await.expect("connect");
     // Loads the scripts.
     lock(&locks, "key-0").await.release().await.expect("release");
+    // The first acquire in a slot is a script. The next one, a moment later, is not.
     for key in ["key-1", "key-1", "key-2", "key-2"] {
         losing.store(true, Ordering::SeqCst);
         let guard = lock(&locks, key).await;

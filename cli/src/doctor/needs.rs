@@ -129,10 +129,7 @@ pub(super) fn needs(kind: ShardKind, config: &Config) -> Vec<Need> {
     }
     needs.extend(of_leases.map(|command| Need::new(command, Some(&lease), leases.clone())));
     needs.extend(of_queues.map(|command| Need::new(command, Some(&queue), queues.clone())));
-    // In a cluster, the script computes the counter itself, starting from the server's time.
-    if kind != ShardKind::Cluster {
-        needs.push(Need::new("INCRBY @ x", Some(&lease), leases.clone()));
-    }
+    needs.push(Need::new("INCRBY @ x", Some(&lease), leases.clone()));
     let pubsub = match kind {
         ShardKind::Cluster => &["SPUBLISH @ x", "SSUBSCRIBE @"][..],
         _ => &["PUBLISH @ x", "SUBSCRIBE @"],

@@ -1,5 +1,7 @@
 //! The Lua scripts, and how to call them.
 
+use std::time::Duration;
+
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Script, ServerErrorKind, Value, cmd};
 
@@ -186,6 +188,10 @@ pub(super) struct ModeScripts {
 /// no manager ever writes it as its own; the tilde keeps it apart from the random values, process
 /// numbers and dates that other libraries store.
 pub(super) const MARKER: &str = "~shared";
+
+/// How far the scripts of a cluster raise a counter above the server's time. The same in
+/// cluster.lua.
+pub(super) const COUNTER_AHEAD: Duration = Duration::from_millis(100);
 
 /// The source of a script that consists of these files.
 #[cfg(not(test))]

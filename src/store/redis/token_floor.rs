@@ -6,8 +6,8 @@
 //! replicated, and a restarted server what was not persisted. Every request that may issue a token
 //! therefore sends a floor, and the script issues only tokens above it. The floor is the larger of
 //! two values: the largest token that this manager has seen in the slot, and, for a single primary,
-//! the largest server time read when a connection was opened. In a cluster, the script reads the
-//! time itself.
+//! the largest server time read when a connection was opened. In a cluster, the scripts read the
+//! time themselves.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

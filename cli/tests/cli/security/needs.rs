@@ -9,7 +9,7 @@ use shardlock::config::Builder;
 use shardlock::introspect::Slot;
 use support::sentinel::Watched;
 use support::{Cluster, Quorum, RedisServer};
-use support_locks::{Kind, Servers, soon};
+use support_locks::{Kind, Servers, lock, soon, until};
 
 use super::acl::{PASSWORD, USER, additions, rules, set_user, whole_range_of};
 use crate::tool::{bare, run};
@@ -186,17 +186,22 @@ async fn permissions_agree_on_nodes_of_a_cluster() {
         "+sunsubscribe",
         "+pubsub|shardnumsub",
     ];
-    // In a cluster, inboxes are sharded channels, the owner of a slot is always a primary, and
-    // counters start at the server's time.
-    let of_others = ["+publish", "+pubsub|numsub", "+subscribe", "+role", "+incrby"];
-    // ASKING is only sent during a slot migration, see below, and SUNSUBSCRIBE only after a minute
-    // without waiters.
-    subject.agrees(&added, &of_others, &["+asking", "+sunsubscribe"]).await;
+    // In a cluster, inboxes are sharded channels, and the owner of a slot is always a primary.
+    let of_others = ["+publish", "+pubsub|numsub", "+subscribe", "+role"];
+    // ASKING is only sent during a slot migration and INCRBY only in a slot that is busy, see below,
+    // and SUNSUBSCRIBE only after a minute without waiters.
+    let unseen = ["+asking", "+incrby", "+sunsubscribe"];
+    subject.agrees(&added, &of_others, &unseen).await;
 
     let slot = Slot::of(b"lock:moving").number();
     let from = cluster.owner(slot);
     let to = (from + 1) % cluster.nodes().len();
     let locks = subject.builder().connect().await.expect("connect");
+    until("the counter of a slot is used again", async || {
+        lock(&locks, "busy").await.release().await.expect("release");
+        subject.sent().contains("+incrby")
+    })
+    .await;
     cluster.begin_migration(slot, from, to);
     // Commands with several keys are not served until the slot has migrated.
     locks.inspect("moving").await.expect("inspect");

@@ -27,7 +27,7 @@ use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKin
 use super::super::replica_ack::{ReplicaWait, acked};
 use super::super::reply::to_store_error;
 use super::super::script::Named;
-use super::pool::{NodePool, at_place};
+use super::pool::{NodePool, Sender, at_place};
 use super::topology::{NodeAddress, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -57,9 +57,9 @@ pub(super) struct Call<'a> {
     pub(super) limit: Option<Duration>,
 }
 
-/// The reply to a call.
-pub(super) struct NodeReply {
-    pub(super) value: Value,
+/// The reply to a call, or what was read from it.
+pub(super) struct NodeReply<T = Value> {
+    pub(super) value: T,
     /// When the answered attempt was about to be sent.
     pub(super) sent_at: Moment,
     /// Whether an earlier attempt may have been executed.
@@ -68,6 +68,22 @@ pub(super) struct NodeReply {
     pub(super) acked: u32,
     /// The node that replied; `None` while the slot is being moved.
     pub(super) place: Option<NodeAddress>,
+    /// The generation of the connection; `None` if it is pooled.
+    pub(super) generation: Option<u64>,
+}
+
+impl<T> NodeReply<T> {
+    /// Replaces the value.
+    pub(super) fn with<U>(self, value: U) -> NodeReply<U> {
+        NodeReply {
+            value,
+            sent_at: self.sent_at,
+            repeated: self.repeated,
+            acked: self.acked,
+            place: self.place,
+            generation: self.generation,
+        }
+    }
 }
 
 /// Why a call failed.
@@ -88,7 +104,11 @@ impl From<CallError> for StoreError {
 
 /// The outcome of one attempt.
 enum AttemptOutcome {
-    Reply(Value, u32),
+    Reply {
+        value: Value,
+        acked: u32,
+        generation: Option<u64>,
+    },
     Failed(RedisError),
     /// The command was not sent.
     NotSent(StoreError),
@@ -123,13 +143,18 @@ impl NodePool {
                         None => shared.patience,
                     };
                     match self.attempt(&place, &call, named, was_asking, patience).await {
-                        AttemptOutcome::Reply(value, acked) => {
+                        AttemptOutcome::Reply {
+                            value,
+                            acked,
+                            generation,
+                        } => {
                             return Ok(NodeReply {
                                 value,
                                 sent_at,
                                 repeated,
                                 acked,
                                 place: (!was_asking).then_some(place),
+                                generation,
                             });
                         }
                         AttemptOutcome::NotSent(error @ StoreError::Unavailable(_)) => {
@@ -238,7 +263,11 @@ impl NodePool {
             Ok((value, replicas.as_ref().map_or(0, acked)))
         };
         match tokio::time::timeout(patience, pin!(sending)).await {
-            Ok(Ok((value, acked))) => AttemptOutcome::Reply(value, acked),
+            Ok(Ok((value, acked))) => AttemptOutcome::Reply {
+                value,
+                acked,
+                generation: sender.generation(),
+            },
             Ok(Err(error)) => {
                 let error: RedisError = error;
                 if error.is_unrecoverable_error() {
@@ -261,9 +290,15 @@ impl NodePool {
         let patience = self.shared.patience;
         let place = self.shared.topology.owner(slot)?;
         let sender = self.sender(&place, slot, patience).await.ok()?;
+        self.batch_on(sender, commands).await
+    }
+
+    /// The same on this connection, which is that of the slot.
+    pub(super) async fn batch_on(&self, sender: Sender, commands: &Pipeline) -> Option<Vec<Value>> {
         let mut connection = sender.connection();
+        let _in_flight = sender.enter();
         let asking = connection.send_packed_commands(commands, 0, commands.len());
-        match tokio::time::timeout(patience, asking).await {
+        match tokio::time::timeout(self.shared.patience, asking).await {
             Ok(Ok(replies)) => {
                 let replies = replies.into_iter().map(Value::extract_error);
                 replies.collect::<Result<_, _>>().ok()

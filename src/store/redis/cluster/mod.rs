@@ -15,10 +15,10 @@
 //! reads the map, it waits for every node and sends nothing to any of them. And a request that it
 //! repeats by itself can't be distinguished from one that was sent once.
 //!
-//! Differences from a single primary: a free key costs a short script instead of two plain
-//! commands, and needs no inbox. Before a request may enqueue, the inbox of its slot must be
-//! subscribed and confirmed. The script reads the server's time for every token, since a promoted
-//! replica may lack the latest ones. If a slot is being moved, its leases are renewed one by one,
+//! Differences from a single primary: a free key needs no inbox. Before a request may enqueue, the
+//! inbox of its slot must be subscribed and confirmed. Every token is above the server's time, since
+//! a promoted replica may lack the latest ones: a free key costs a short script, or two plain
+//! commands if a script has raised the counter of its slot a moment ago (`raised`). If a slot is being moved, its leases are renewed one by one,
 //! without accessing their queues, so a long move costs no lease.
 //!
 //! If `min_replicas_acked` > 0, a `WAIT` follows every request that creates or extends a lease. A
@@ -32,6 +32,7 @@ mod health;
 mod inbox;
 mod node;
 mod pool;
+mod raised;
 mod renewals;
 mod send;
 mod subscriber;
@@ -50,7 +51,7 @@ use tokio::sync::mpsc;
 use super::client::{Purpose, Target};
 use super::commands::{Commands, erase};
 use super::replica_ack::{ReplicaAck, ReplicaWait};
-use super::reply::{acquired, inspected, released, to_store_error};
+use super::reply::{inspected, released, to_store_error};
 use super::script::Scripts;
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
@@ -66,6 +67,7 @@ use crate::telemetry::ShardMetrics;
 use dispatch::NodeReply;
 use inbox::Inbox;
 use pool::{NodePool, at_place};
+use raised::RaisedCounters;
 use topology::{NodeAddress, Topology};
 
 /// An inbox is unsubscribed after no cycle has begun to wait for this long.
@@ -110,6 +112,7 @@ struct Shared {
     failed_renewals: RateLimit,
     refused_inboxes: RateLimit,
     token_floor: TokenFloor,
+    raised: RaisedCounters,
 }
 
 impl ClusterStore {
@@ -144,6 +147,7 @@ impl ClusterStore {
             failed_renewals: RateLimit::default(),
             refused_inboxes: RateLimit::default(),
             token_floor: TokenFloor::new(),
+            raised: RaisedCounters::default(),
         });
         let runtimes = options.runtimes;
         let home = Some(Arc::clone(&runtimes));
@@ -178,7 +182,7 @@ impl Shared {
     }
 
     /// Whether as many replicas as required have acknowledged.
-    fn has_acks(&self, node_reply: &NodeReply) -> bool {
+    fn has_acks<T>(&self, node_reply: &NodeReply<T>) -> bool {
         self.replica_ack
             .as_ref()
             .is_none_or(|ack| ack.is_enough(node_reply.acked))
@@ -186,7 +190,7 @@ impl Shared {
 
     /// The error if too few replicas have a granted lease. A failover may lose that lease, so it
     /// does not count.
-    fn too_few_acks(&self, reply: &AcquireReply, node_reply: &NodeReply) -> Option<StoreError> {
+    fn too_few_acks<T>(&self, reply: &AcquireReply, node_reply: &NodeReply<T>) -> Option<StoreError> {
         let ack = self.replica_ack.as_ref()?;
         let is_granted = matches!(reply, AcquireReply::Granted { .. });
         (is_granted && !ack.is_enough(node_reply.acked)).then(|| ack.too_few(node_reply.acked, self.timeout))
@@ -253,16 +257,12 @@ impl LeaseStore for ClusterStore {
             if kind == AcquireKind::Enqueue || tokens > 1 {
                 inbox.ready(slot).await?;
             }
-            let (node_reply, reply, floor) = loop {
+            let (node_reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
                 let node_reply = pool.send_acquire(&request, slot, floor).await?;
-                let reply = match (acquired(&node_reply.value, tokens)?, kind) {
-                    (AcquireReply::Busy, AcquireKind::Fast) => AcquireReply::Taken,
-                    (reply, _) => reply,
-                };
-                shared.token_floor.note_reply(slot, &reply);
-                let Some(error) = shared.too_few_acks(&reply, &node_reply) else {
-                    break (node_reply, reply, floor);
+                shared.token_floor.note_reply(slot, &node_reply.value);
+                let Some(error) = shared.too_few_acks(&node_reply.value, &node_reply) else {
+                    break (node_reply, floor);
                 };
                 // A promoted replica has no replica of its own for a moment. The lease is ours
                 // meanwhile but does not count. Return the reason before the caller reaches its
@@ -273,7 +273,7 @@ impl LeaseStore for ClusterStore {
                 }
                 tokio::time::sleep(REPLICAS_PAUSE).await;
             };
-            match (&reply, &node_reply.place) {
+            match (&node_reply.value, &node_reply.place) {
                 (AcquireReply::Queued(_), Some(place)) => inbox.waits_at(slot, place),
                 (AcquireReply::Granted { .. }, _) => inbox.keep_for(slot, ttl),
                 _ => {}
@@ -282,7 +282,7 @@ impl LeaseStore for ClusterStore {
                 sent_at: node_reply.sent_at,
                 ttl,
                 floor,
-                reply,
+                reply: node_reply.value,
             })
         })
     }

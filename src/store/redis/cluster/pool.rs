@@ -262,6 +262,14 @@ impl Sender {
         }
     }
 
+    /// The generation of the connection, unless it is pooled.
+    pub(super) fn generation(&self) -> Option<u64> {
+        match self {
+            Self::Kept(_, live) => Some(live.generation()),
+            Self::Pooled(_) => None,
+        }
+    }
+
     /// Counts a request as in flight until the returned guard is dropped.
     pub(super) fn enter(&self) -> Option<InFlightGuard> {
         match self {

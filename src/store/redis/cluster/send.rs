@@ -5,14 +5,23 @@ use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
 use super::super::commands::InboxCheck;
 use super::super::map;
 use super::super::replica_ack::ReplicaWait;
-use super::super::reply::{acquired, concerns_modes, inspected};
+use super::super::reply::{acquired, acquired_fast, concerns_modes, inspected};
 use super::super::script::{LuaScript, Named};
 use super::dispatch::{Call, CallError, NodeReply};
 use super::pool::NodePool;
+use super::raised::Raised;
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Release};
 use crate::store::{KeyState, MapState, MapStep, StoreError};
+
+/// The outcome of an acquire with plain commands.
+enum WithoutScript {
+    Reply(NodeReply<AcquireReply>),
+    NotSent,
+    /// The lease may have been taken, and its token is not known or too small.
+    Unknown,
+}
 
 impl NodePool {
     /// Calls a script of a lock.
@@ -35,16 +44,89 @@ impl NodePool {
     }
 
     /// Acquires once.
-    pub(super) async fn send_acquire(&self, request: &Acquire, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
+    pub(super) async fn send_acquire(
+        &self,
+        request: &Acquire,
+        slot: Slot,
+        floor: u64,
+    ) -> Result<NodeReply<AcquireReply>, StoreError> {
+        let shared = &*self.shared;
+        let mut may_be_ours = false;
+        if request.cycle.mode().is_exclusive()
+            && request.kind == AcquireKind::Fast
+            && shared.replica_ack.is_none()
+            && let Some(raised) = shared.raised.recent(slot, Moment::now())
+        {
+            match self.acquire_without_script(request, slot, raised).await {
+                WithoutScript::Reply(node_reply) => return Ok(node_reply),
+                WithoutScript::NotSent => {}
+                WithoutScript::Unknown => may_be_ours = true,
+            }
+        }
+        let node_reply = self.acquire_by_script(request, slot, floor, may_be_ours).await?;
+        let reply = match acquired(&node_reply.value, request.tokens)? {
+            AcquireReply::Busy if request.kind == AcquireKind::Fast => AcquireReply::Taken,
+            reply => reply,
+        };
+        if matches!(reply, AcquireReply::Granted { .. })
+            && node_reply.place.is_some()
+            && let Some(generation) = node_reply.generation
+        {
+            shared.raised.note(slot, generation, node_reply.sent_at);
+        }
+        Ok(node_reply.with(reply))
+    }
+
+    /// Takes a free lock with plain commands, since a script has raised the slot's counter a moment
+    /// ago.
+    async fn acquire_without_script(&self, request: &Acquire, slot: Slot, raised: Raised) -> WithoutScript {
+        let shared = &*self.shared;
+        let Some(place) = shared.topology.owner(slot) else {
+            return WithoutScript::NotSent;
+        };
+        let Ok(sender) = self.sender(&place, slot, shared.patience).await else {
+            return WithoutScript::NotSent;
+        };
+        if sender.generation() != Some(raised.generation) {
+            return WithoutScript::NotSent;
+        }
+        let commands = shared.commands.acquire_fast_commands(request, slot);
+        let sent_at = Moment::now();
+        let replies = self.batch_on(sender, &commands).await;
+        let reply = replies.and_then(|replies| acquired_fast(&replies, request.tokens).ok());
+        match reply {
+            // The token of a grant may be too small if the reply comes late.
+            Some(reply) if reply == AcquireReply::Taken || raised.covers(Moment::now()) => {
+                WithoutScript::Reply(NodeReply {
+                    value: reply,
+                    sent_at,
+                    repeated: false,
+                    acked: 0,
+                    place: Some(place),
+                    generation: Some(raised.generation),
+                })
+            }
+            _ => WithoutScript::Unknown,
+        }
+    }
+
+    /// `may_be_ours` is set if the lease may have been taken for this very cycle. Only the longer
+    /// script recognizes that.
+    async fn acquire_by_script(
+        &self,
+        request: &Acquire,
+        slot: Slot,
+        floor: u64,
+        may_be_ours: bool,
+    ) -> Result<NodeReply, StoreError> {
         let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
         let wait = self.shared.wait_for_replicas();
         let is_exclusive = request.cycle.mode().is_exclusive();
-        if is_exclusive && request.kind == AcquireKind::Fast {
+        if is_exclusive && request.kind == AcquireKind::Fast && !may_be_ours {
             let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
             let node_reply = self.script(&scripts.acquire_fast, slot, wait, &fill).await?;
-            let reply = acquired(&node_reply.value, request.tokens).map_err(CallError::Failed)?;
-            // An attempt whose reply was lost may have taken it. The longer script recognizes that.
-            if !node_reply.repeated || reply != AcquireReply::Busy {
+            // An attempt whose reply was lost may have taken it.
+            if !node_reply.repeated || acquired(&node_reply.value, request.tokens)? != AcquireReply::Busy {
                 return Ok(node_reply);
             }
         }
@@ -56,7 +138,7 @@ impl NodePool {
             }
         }
         let fill = |command: &mut Cmd| commands.fill_acquire_modes(command, request, floor);
-        self.script(&scripts.modes.acquire, slot, wait, &fill).await
+        Ok(self.script(&scripts.modes.acquire, slot, wait, &fill).await?)
     }
 
     /// Releases once.

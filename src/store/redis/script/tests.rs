@@ -13,7 +13,7 @@ use redis::{FromRedisValue, Value};
 use support::RedisServer;
 
 use super::super::reply::is_foreign;
-use super::{LuaScript, MARKER, Scripts};
+use super::{COUNTER_AHEAD, LuaScript, MARKER, Scripts};
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::protocol::Cycle;

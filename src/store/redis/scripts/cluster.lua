@@ -11,6 +11,11 @@ local function notify(inbox, message)
   redis.call('SPUBLISH', inbox, message)
 end
 
+-- How far a counter is raised above the server's time: 100 ms, in numbers. Until then, clients
+-- reserve numbers without a script: see raised.rs. COUNTER_AHEAD in script.rs
+-- is the same.
+local AHEAD = 800000
+
 -- Reserves n numbers and returns the largest. A promoted replica may have missed the latest ones,
 -- and no client can detect that. The counter therefore follows the server's time, which grows
 -- faster than any load reserves numbers and is thus ahead of those missed. Clock differences
@@ -19,7 +24,7 @@ end
 local function reserve(n, floor)
   local time = redis.call('TIME')
   local now = (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8
-  local last = math.max(floor, now) + n
+  local last = math.max(floor, now + AHEAD) + n
   -- One call in place of two, for the usual case that the counter is behind.
   local before = tonumber(redis.call('SET', KEYS[3], string.format('%.0f', last), 'GET') or 0)
   if before + n > last then
