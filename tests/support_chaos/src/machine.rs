@@ -1,9 +1,12 @@
 //! Detects stalls of the machine itself, during which no process can meet a deadline.
 //!
-//! A virtual machine may be paused, or lose its processors to others. A thread that only watches
-//! the clock detects this and records it as a fault that affects all processes. It does not excuse
-//! violations of safety.
+//! A virtual machine may be paused, or lose its processors to others, and the system may stop
+//! everybody who writes to a busy disk, as the workers do for their histories. A thread that only
+//! watches the clock and writes detects this and records it as a fault that affects all processes.
+//! It does not excuse violations of safety.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,6 +35,7 @@ pub(crate) struct Watch {
 impl Watch {
     pub(crate) fn start(history: &Path) -> Self {
         let journal = Journal::create(history, "machine");
+        let mut beats = File::create(history.join("machine.beats")).expect("make a file");
         let over = Arc::<AtomicBool>::default();
         let thread = thread::spawn({
             let over = Arc::clone(&over);
@@ -39,6 +43,7 @@ impl Watch {
                 let (mut last, mut number) = (now(), 0);
                 while !over.load(Ordering::Relaxed) {
                     thread::sleep(BEAT);
+                    beats.write_all(b"\n").expect("write a file");
                     let at = now();
                     if at - last > STALL {
                         number += 1;
