@@ -234,7 +234,7 @@ async fn open(
         runtimes: Arc::clone(runtimes),
     };
     let store = store::open(&endpoint, options)?;
-    let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());
+    let no_answer = || StoreError::no_answer_within_store_timeout(limit);
     let connected = within(started, limit, store.connect().as_mut()).await;
     let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
         Ok(()) => None,

@@ -412,7 +412,7 @@ impl Shard {
     }
 
     pub(crate) fn no_answer(&self) -> StoreError {
-        StoreError::Unavailable(format!("no answer within store_timeout ({:?})", self.manager.timeout).into())
+        StoreError::no_answer_within_store_timeout(self.manager.timeout)
     }
 
     pub(crate) fn error(

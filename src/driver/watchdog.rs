@@ -115,8 +115,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
     let batch: Vec<Renewal> = due.iter().map(|(_, renewal)| renewal.clone()).collect();
     let limit = time_limit(batch.iter().map(|renewal| renewal.ttl), shard.manager.timeout);
     let replies = tokio::time::timeout(limit, shard.store.renew(batch, limit)).await;
-    let replies =
-        replies.unwrap_or_else(|_| Err(StoreError::Unavailable(format!("no answer within {limit:?}").into())));
+    let replies = replies.unwrap_or_else(|_| Err(StoreError::no_answer(limit)));
     shard
         .metrics
         .request(RequestKind::Renew, Moment::now().since(sent_at), replies.is_ok());

@@ -315,6 +315,14 @@ impl fmt::Display for StoreError {
 }
 
 impl StoreError {
+    pub(crate) fn no_answer(within: Duration) -> Self {
+        Self::Unavailable(format!("no answer within {within:?}").into())
+    }
+
+    pub(crate) fn no_answer_within_store_timeout(limit: Duration) -> Self {
+        Self::Unavailable(format!("no answer within store_timeout ({limit:?})").into())
+    }
+
     /// Names the shard of a map mismatch, if it is not the one that the request was for.
     pub(crate) fn at_shard(self, name: &Arc<str>) -> Self {
         match self {

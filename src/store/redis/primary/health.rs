@@ -42,7 +42,7 @@ pub(super) async fn probe(checked: Checked, kept: impl Future<Output = Health>) 
         (Some(health), _) if !is_unanswered(&health) => health,
         (_, Ok(health)) => health,
         (None, Err(_)) => Health {
-            reached: Err(StoreError::Unavailable(format!("no answer within {limit:?}").into())),
+            reached: Err(StoreError::no_answer(limit)),
             times: Vec::new(),
         },
     }
@@ -126,7 +126,7 @@ impl RedisStore {
                 }
                 Err(_) => {
                     link.broken(&live);
-                    Err(StoreError::Unavailable(format!("no answer within {limit:?}").into()))
+                    Err(StoreError::no_answer(limit))
                 }
             }
         })
@@ -150,7 +150,7 @@ impl RedisStore {
                 Err(_) => {
                     // The connection may have been lost silently: the next probe opens another one.
                     link.broken(&live);
-                    Err(StoreError::Unavailable(format!("no answer within {limit:?}").into()))
+                    Err(StoreError::no_answer(limit))
                 }
             }
         })

@@ -251,7 +251,7 @@ async fn send(
                 // The lease may be too short for another attempt on the same connection.
                 link.broken(live);
             }
-            Err(StoreError::Unavailable(format!("no answer within {each:?}").into()))
+            Err(StoreError::no_answer(each))
         }
         (_, Some((item, error))) => {
             let (error, leases, key) = (shared.discovery.to_store_error(&error), refused.count, &batch[item].key);

@@ -138,9 +138,7 @@ impl Sentinels {
                 format!("knows no primary called {:?}", self.name).into(),
             )),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(StoreError::Unavailable(
-                format!("no answer within {:?}", self.limit).into(),
-            )),
+            Err(_) => Err(StoreError::no_answer(self.limit)),
         }
     }
 
@@ -171,11 +169,7 @@ impl Sentinels {
             switches.subscribe(SWITCHES).await.map_err(in_words)?;
             Ok(switches)
         });
-        let too_slow = |_| {
-            Err(StoreError::Unavailable(
-                format!("no answer within {:?}", self.limit).into(),
-            ))
-        };
+        let too_slow = |_| Err(StoreError::no_answer(self.limit));
         subscribed.await.unwrap_or_else(too_slow)
     }
 
