@@ -63,6 +63,10 @@ const CROWD: usize = 4;
 /// once.
 const PIPELINE_BUFFER: usize = 4096;
 
+/// A connection is not replaced after a shorter silence, even if the sender has less time: a server
+/// that is briefly busy must not be abandoned.
+pub(super) const SILENCE_MIN: Duration = Duration::from_millis(250);
+
 impl InFlight {
     pub(super) fn enter(&self) -> InFlightGuard {
         self.0.fetch_add(1, Ordering::Relaxed);

@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value, pipe};
 
+use super::super::connection::SILENCE_MIN;
 use super::super::replica_ack::{ReplicaWait, acked};
 use super::super::reply::to_store_error;
 use super::super::script::Named;
@@ -40,9 +41,6 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// How many redirections in a row are followed without a pause: two nodes may redirect to each
 /// other until they agree.
 const REDIRECTIONS_AT_ONCE: usize = 4;
-/// A connection is not replaced after a shorter silence, even if the sender has no more time: a
-/// server that is briefly busy must not be abandoned.
-const SILENCE_MIN: Duration = Duration::from_millis(250);
 
 /// A request and the slot whose owner must answer it.
 pub(super) struct Call<'a> {

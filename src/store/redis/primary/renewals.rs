@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::super::batch::{self, Part, RENEWALS_PER_CALL};
+use super::super::connection::SILENCE_MIN;
 use super::super::map;
 use super::super::reply::{renewed, role};
 use super::Shared;
@@ -28,9 +29,6 @@ use crate::store::{MapState, MapStep, StoreError};
 
 /// How many calls may be in flight at a time.
 const CALLS_AT_A_TIME: usize = 1024;
-/// A connection is not replaced after a shorter silence, even if the leases leave less time: a
-/// server that is briefly busy must not be abandoned.
-const SILENCE_MIN: Duration = Duration::from_millis(250);
 /// After this many unanswered batches in a row that ended with a broken connection, the next
 /// connection sends one slot per call.
 const BREAKS_MAX: u8 = 2;
