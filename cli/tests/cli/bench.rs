@@ -266,7 +266,7 @@ fn server_figures_are_null_for_shards_without_statistics() {
         "--keys",
         "3",
         "--duration",
-        "200ms",
+        "2s",
         "--shard",
         "memory://",
     ]);
@@ -288,7 +288,7 @@ fn plot_is_svg_and_the_table_describes_the_load() {
         "--tasks",
         "3",
         "--duration",
-        "300ms",
+        "2s",
         "--plot",
     ]);
     command.arg(&path).env("TMPDIR", &servers);
@@ -338,7 +338,7 @@ fn given_servers_keep_their_own_keys_and_none_of_the_bench() {
         "--keys",
         "50",
         "--duration",
-        "500ms",
+        "2s",
     ];
     figures(&[&args[..], &["--shard", &urls[0], "--shard", &urls[1]]].concat());
     for server in &servers {

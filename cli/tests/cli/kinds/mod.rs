@@ -145,7 +145,7 @@ on_each_store! { on(servers);
     }
 
     async fn bench_reports_server_statistics_and_leaves_nothing(store: &TestStore) {
-        let ended = run(with_settings(store, &["bench", "--json", "--processes", "2", "--tasks", "2", "--keys", "20", "--duration", "500ms"]));
+        let ended = run(with_settings(store, &["bench", "--json", "--processes", "2", "--tasks", "2", "--keys", "20", "--duration", "2s"]));
         assert_eq!(ended.code, 0, "{}{}", ended.stdout, ended.stderr);
         let figures: Value = serde_json::from_str(&ended.stdout).expect("JSON");
         let number = |pointer: &str| figures.pointer(pointer).and_then(Value::as_f64).expect("a number");
