@@ -310,7 +310,7 @@ impl Link {
                         Ok(Err(error)) => {
                             if is_of_login(&error) && self.servers.login.can_change() && !has_new_login {
                                 // The password was replaced since this connection was opened.
-                                (repeated, has_new_login) = (true, true);
+                                has_new_login = true;
                                 self.broken(&live);
                                 continue;
                             }

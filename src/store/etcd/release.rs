@@ -106,12 +106,16 @@ async fn retire(
             let moving = TxnOp::put(name, "", Some(options));
             client.txn(Txn::new().when([is_unchanged]).and_then([moving])).await
         };
-        let (reply, _) = link.request(send).await?;
+        let (reply, repeated) = link.request(send).await?;
         shared.observe_revision(reply.header());
         if !reply.succeeded() {
             // The key has ended, or was deleted.
             end.leases = leases;
-            return leave(shared, link, leaving, end).await;
+            let (sent_at, mut reply) = leave(shared, link, leaving, end).await?;
+            // An earlier attempt, whose reply was lost, may have moved it, and the rest of its
+            // `min_hold` is over. That is no loss.
+            reply.held |= repeated;
+            return Ok((sent_at, reply));
         }
         end.leases = leases;
         end.add(owner.lease);
