@@ -330,16 +330,7 @@ fn given_servers_keep_their_own_keys_and_none_of_the_bench() {
         server.command(&["SET", "bench:mine", "stays"]);
     }
     let urls = servers.each_ref().map(RedisServer::url);
-    let args = [
-        "--processes",
-        "2",
-        "--tasks",
-        "8",
-        "--keys",
-        "50",
-        "--duration",
-        "2s",
-    ];
+    let args = ["--processes", "2", "--tasks", "8", "--keys", "50", "--duration", "2s"];
     figures(&[&args[..], &["--shard", &urls[0], "--shard", &urls[1]]].concat());
     for server in &servers {
         assert_eq!(server.keys(), ["bench:mine"]);
