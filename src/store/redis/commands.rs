@@ -75,7 +75,7 @@ impl Commands {
         }
     }
 
-    /// The two commands of the fast path on a single primary, for a key in this slot.
+    /// The two commands of the fast path, for a key in this slot.
     pub(super) fn acquire_fast_commands(&self, request: &Acquire, slot: Slot) -> Pipeline {
         let names = self.names.of(&request.key);
         let mut set = Cmd::with_capacity(6, 128);

@@ -154,7 +154,7 @@ fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: LuaScript,
-    /// The acquire of the fast path in a cluster. A single primary takes two plain commands.
+    /// The acquire of the fast path in a cluster, if it can't use the two plain commands.
     pub(super) acquire_fast: LuaScript,
     /// The release of the fast path.
     pub(super) release_fast: LuaScript,
@@ -191,7 +191,7 @@ pub(super) const MARKER: &str = "~shared";
 
 /// How far the scripts of a cluster raise a counter above the server's time. The same in
 /// cluster.lua.
-pub(super) const COUNTER_AHEAD: Duration = Duration::from_millis(100);
+pub(super) const COUNTER_AHEAD: Duration = Duration::from_millis(20);
 
 /// The source of a script that consists of these files.
 #[cfg(not(test))]

@@ -310,7 +310,7 @@ impl NodePool {
     }
 
     /// Reads the map again in case it is wrong. If no node answers, the next attempt reports it.
-    async fn try_refresh(&self, version: u64) {
+    pub(super) async fn try_refresh(&self, version: u64) {
         if let Err(error) = self.refresh(version).await {
             tracing::debug!(?error, "failed to read the cluster's slot map");
         }

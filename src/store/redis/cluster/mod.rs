@@ -16,10 +16,11 @@
 //! repeats by itself can't be distinguished from one that was sent once.
 //!
 //! Differences from a single primary: a free key needs no inbox. Before a request may enqueue, the
-//! inbox of its slot must be subscribed and confirmed. Every token is above the server's time, since
-//! a promoted replica may lack the latest ones: a free key costs a short script, or two plain
-//! commands if a script has raised the counter of its slot a moment ago (`raised`). If a slot is being moved, its leases are renewed one by one,
-//! without accessing their queues, so a long move costs no lease.
+//! inbox of its slot must be subscribed and confirmed. Every token is above the time of the server,
+//! since a promoted replica may lack the latest ones: a free key costs a short script, or two plain
+//! commands if a script has raised the counter of its slot a moment ago (`raised`). If a slot is
+//! being moved, its leases are renewed one by one, without accessing their queues, so a long move
+//! costs no lease.
 //!
 //! If `min_replicas_acked` > 0, a `WAIT` follows every request that creates or extends a lease. A
 //! pushed grant then only causes the cycle to ask.
@@ -248,7 +249,10 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             let shared = &*pool.shared;
             let started = Moment::now();
-            pool.check_map(None).await?;
+            if !shared.map.is_set() {
+                // Boxed like other rare steps, which would make the future several times as large.
+                Box::pin(pool.check_map(None)).await?;
+            }
             let slot = shared.commands.names.of(&request.key).slot();
             let Acquire { kind, ttl, tokens, .. } = request;
             // A cycle that takes a free key with a single token asks again before it passes the key
@@ -257,9 +261,10 @@ impl LeaseStore for ClusterStore {
             if kind == AcquireKind::Enqueue || tokens > 1 {
                 inbox.ready(slot).await?;
             }
+            let mut may_be_ours = false;
             let (node_reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
-                let node_reply = pool.send_acquire(&request, slot, floor).await?;
+                let node_reply = pool.send_acquire(&request, slot, floor, may_be_ours).await?;
                 shared.token_floor.note_reply(slot, &node_reply.value);
                 let Some(error) = shared.too_few_acks(&node_reply.value, &node_reply) else {
                     break (node_reply, floor);
@@ -272,6 +277,7 @@ impl LeaseStore for ClusterStore {
                     return Err(error);
                 }
                 tokio::time::sleep(REPLICAS_PAUSE).await;
+                may_be_ours = true;
             };
             match (&node_reply.value, &node_reply.place) {
                 (AcquireReply::Queued(_), Some(place)) => inbox.waits_at(slot, place),

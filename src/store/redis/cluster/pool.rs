@@ -105,6 +105,17 @@ impl NodePool {
         slot: Slot,
         patience: Duration,
     ) -> Result<Sender, StoreError> {
+        if self.checked.is_none()
+            && let Some(sender) = self.open_sender(place, slot)
+        {
+            return Ok(sender);
+        }
+        // Boxed: connecting is rare and would make the future of every request several times as
+        // large.
+        Box::pin(self.opened_sender(place, slot, patience)).await
+    }
+
+    async fn opened_sender(&self, place: &NodeAddress, slot: Slot, patience: Duration) -> Result<Sender, StoreError> {
         let opening = async {
             match &self.checked {
                 Some(checked) => Ok(Sender::Pooled(checked.get(place).await?)),
@@ -124,6 +135,13 @@ impl NodePool {
             Some((node, live)) => Ok(Sender::Kept(node, live)),
             None => Err(self.not_connected(error, place)),
         }
+    }
+
+    /// The kept connection for this slot to the node, if it is open.
+    pub(super) fn open_sender(&self, place: &NodeAddress, slot: Slot) -> Option<Sender> {
+        let node = self.known_node(place, slot)?;
+        let live = node.live()?;
+        Some(Sender::Kept(node, live))
     }
 
     /// Adds the node to a connection error, and the origin of its address if that is not the URL.
@@ -189,7 +207,7 @@ impl NodePool {
     pub(super) async fn refresh(&self, version: u64) -> Result<(), StoreError> {
         match &self.substitute {
             Some(other) if self.checked.is_some() => Box::pin(other.refresh(version)).await,
-            _ => self.read_slots(version).await,
+            _ => Box::pin(self.read_slots(version)).await,
         }
     }
 

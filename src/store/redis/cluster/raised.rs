@@ -4,59 +4,68 @@
 //!
 //! Every token of a cluster is above the server's time at the moment it is issued, since a promoted
 //! replica may lack the latest ones. Only a script can raise a counter to that, so it raises it
-//! above the time by [`COUNTER_AHEAD`]. For that long, every number of the counter is above the
-//! time, and a free lock can be acquired with the two plain commands of a single primary, which
-//! cost the server less.
+//! above the time by [`COUNTER_AHEAD`]. For that long, every larger number of the counter is above
+//! the time, and a free lock can be acquired with the two plain commands of a single primary, which
+//! cost the server less than half.
 //!
-//! This holds for the process that executed the script, so the commands must use its connection.
-//! That is not enough: a connection survives if its node loses the slot and gets it back, and the
-//! node may then lack tokens that another node issued meanwhile. But a failover there and another
-//! one back, each without a complete handover, take longer than [`COUNTER_AHEAD`].
+//! This holds for the server process that executed the script, so the commands must use the same
+//! connection. A connection survives if its node loses the slot and gets it back. The node may then
+//! lack tokens that another node has issued meanwhile, unless the slot was handed over completely.
+//! But losing and regaining it without that takes two failovers, and longer than [`COUNTER_AHEAD`].
+//!
+//! It is short since tokens of two nodes are only in order if they are issued further apart: a
+//! primary that was paused may act beside its successor for a moment.
 
-use std::collections::HashMap;
-
-use parking_lot::Mutex;
+use dashmap::DashMap;
 
 use super::super::script::COUNTER_AHEAD;
 use crate::clock::Moment;
+use crate::fence::TokenBlock;
 use crate::key::Slot;
 
 /// See the module. At most one entry for each slot.
 #[derive(Debug, Default)]
-pub(super) struct RaisedCounters(Mutex<HashMap<Slot, Raised>>);
+pub(super) struct RaisedCounters(DashMap<Slot, Raised>);
 
-/// The last time that a script raised a counter.
+/// The last script that raised a counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Raised {
     /// The generation of the connection.
     pub(super) generation: u64,
     /// When the script was about to be sent, so it was executed later.
     sent_at: Moment,
+    /// The largest token that it issued.
+    token: u64,
 }
 
 impl RaisedCounters {
-    /// A script that was sent on this connection at this time has issued tokens in the slot.
-    pub(super) fn note(&self, slot: Slot, generation: u64, sent_at: Moment) {
-        self.0.lock().insert(slot, Raised { generation, sent_at });
+    /// A script that was sent on this connection at this time has issued these tokens.
+    pub(super) fn note(&self, slot: Slot, generation: u64, sent_at: Moment, tokens: TokenBlock) {
+        let raised = Raised {
+            generation,
+            sent_at,
+            token: tokens.last(),
+        };
+        self.0.insert(slot, raised);
     }
 
-    /// The last time, if plain commands that are sent now will probably be executed early enough.
+    /// The last script, if plain commands that are sent now will probably be executed early enough.
     pub(super) fn recent(&self, slot: Slot, now: Moment) -> Option<Raised> {
-        let raised = self.0.lock().get(&slot).copied()?;
-        (now.since(raised.sent_at) < COUNTER_AHEAD / 2).then_some(raised)
+        let raised = *self.0.get(&slot)?;
+        (now.since(raised.sent_at) < COUNTER_AHEAD * 3 / 4).then_some(raised)
     }
 
     /// Forgets all of them.
     #[cfg(test)]
     pub(super) fn forget(&self) {
-        self.0.lock().clear();
+        self.0.clear();
     }
 }
 
 impl Raised {
-    /// Whether a command whose reply has arrived by now was executed early enough.
-    pub(super) fn covers(self, now: Moment) -> bool {
-        now.since(self.sent_at) <= COUNTER_AHEAD
+    /// Whether tokens of a reply that has arrived by now are above the server's time.
+    pub(super) fn covers(self, tokens: TokenBlock, now: Moment) -> bool {
+        tokens.first() > self.token && now.since(self.sent_at) <= COUNTER_AHEAD
     }
 }
 
@@ -70,17 +79,16 @@ mod tests {
     fn counter_is_raised_for_a_moment_and_for_one_connection() {
         let (counters, start) = (RaisedCounters::default(), Moment::now());
         let [slot, other] = [1, 2].map(|number| Slot::new(number).unwrap());
-        counters.note(slot, 7, start);
-        let raised = counters.recent(slot, start + COUNTER_AHEAD / 4).unwrap();
+        let tokens = |last| TokenBlock::ending_at(last, 2);
+        counters.note(slot, 7, start, tokens(100));
+        let raised = counters.recent(slot, start + COUNTER_AHEAD / 2).unwrap();
         assert_eq!((raised.generation, counters.recent(other, start)), (7, None));
-        assert_eq!(
-            counters.recent(slot, start + COUNTER_AHEAD / 2),
-            None,
-            "half is for the round trip"
-        );
-        assert!(raised.covers(start + COUNTER_AHEAD));
-        assert!(!raised.covers(start + COUNTER_AHEAD + Duration::from_nanos(1)));
-        counters.note(slot, 8, start + COUNTER_AHEAD);
-        assert_eq!(counters.recent(slot, start + COUNTER_AHEAD).unwrap().generation, 8);
+        let late = start + COUNTER_AHEAD * 3 / 4;
+        assert_eq!(counters.recent(slot, late), None, "the rest is for the round trip");
+        assert!(raised.covers(tokens(102), start + COUNTER_AHEAD));
+        assert!(!raised.covers(tokens(102), start + COUNTER_AHEAD + Duration::from_nanos(1)));
+        assert!(!raised.covers(tokens(101), start), "the counter was lost");
+        counters.note(slot, 8, late, tokens(200));
+        assert_eq!(counters.recent(slot, late).unwrap().generation, 8);
     }
 }

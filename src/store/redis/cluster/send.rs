@@ -9,7 +9,6 @@ use super::super::reply::{acquired, acquired_fast, concerns_modes, inspected};
 use super::super::script::{LuaScript, Named};
 use super::dispatch::{Call, CallError, NodeReply};
 use super::pool::NodePool;
-use super::raised::Raised;
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Release};
@@ -43,86 +42,88 @@ impl NodePool {
         .await
     }
 
-    /// Acquires once.
+    /// Acquires once. `may_be_ours` is set if the lease may have been taken for this very cycle, which
+    /// only the longer script recognizes.
     pub(super) async fn send_acquire(
         &self,
         request: &Acquire,
         slot: Slot,
         floor: u64,
+        mut may_be_ours: bool,
     ) -> Result<NodeReply<AcquireReply>, StoreError> {
         let shared = &*self.shared;
-        let mut may_be_ours = false;
-        if request.cycle.mode().is_exclusive()
-            && request.kind == AcquireKind::Fast
-            && shared.replica_ack.is_none()
-            && let Some(raised) = shared.raised.recent(slot, Moment::now())
-        {
-            match self.acquire_without_script(request, slot, raised).await {
+        let is_fast = request.kind == AcquireKind::Fast && request.cycle.mode().is_exclusive();
+        if is_fast && !may_be_ours && shared.replica_ack.is_none() {
+            match self.acquire_without_script(request, slot).await {
                 WithoutScript::Reply(node_reply) => return Ok(node_reply),
                 WithoutScript::NotSent => {}
                 WithoutScript::Unknown => may_be_ours = true,
             }
         }
-        let node_reply = self.acquire_by_script(request, slot, floor, may_be_ours).await?;
+        let node_reply = self
+            .acquire_by_script(request, slot, floor, is_fast && !may_be_ours)
+            .await?;
         let reply = match acquired(&node_reply.value, request.tokens)? {
             AcquireReply::Busy if request.kind == AcquireKind::Fast => AcquireReply::Taken,
             reply => reply,
         };
-        if matches!(reply, AcquireReply::Granted { .. })
-            && node_reply.place.is_some()
-            && let Some(generation) = node_reply.generation
+        if let (AcquireReply::Granted { tokens, .. }, Some(_), Some(generation)) =
+            (&reply, &node_reply.place, node_reply.generation)
         {
-            shared.raised.note(slot, generation, node_reply.sent_at);
+            shared.raised.note(slot, generation, node_reply.sent_at, *tokens);
         }
         Ok(node_reply.with(reply))
     }
 
-    /// Takes a free lock with plain commands, since a script has raised the slot's counter a moment
-    /// ago.
-    async fn acquire_without_script(&self, request: &Acquire, slot: Slot, raised: Raised) -> WithoutScript {
+    /// Takes a free lock with plain commands, if a script has raised the slot's counter a moment ago.
+    async fn acquire_without_script(&self, request: &Acquire, slot: Slot) -> WithoutScript {
         let shared = &*self.shared;
+        let sent_at = Moment::now();
+        let Some(raised) = shared.raised.recent(slot, sent_at) else {
+            return WithoutScript::NotSent;
+        };
+        let version = shared.topology.version();
         let Some(place) = shared.topology.owner(slot) else {
             return WithoutScript::NotSent;
         };
-        let Ok(sender) = self.sender(&place, slot, shared.patience).await else {
+        let Some(sender) = self.open_sender(&place, slot) else {
             return WithoutScript::NotSent;
         };
         if sender.generation() != Some(raised.generation) {
             return WithoutScript::NotSent;
         }
         let commands = shared.commands.acquire_fast_commands(request, slot);
-        let sent_at = Moment::now();
-        let replies = self.batch_on(sender, &commands).await;
-        let reply = replies.and_then(|replies| acquired_fast(&replies, request.tokens).ok());
-        match reply {
-            // The token of a grant may be too small if the reply comes late.
-            Some(reply) if reply == AcquireReply::Taken || raised.covers(Moment::now()) => {
-                WithoutScript::Reply(NodeReply {
-                    value: reply,
-                    sent_at,
-                    repeated: false,
-                    acked: 0,
-                    place: Some(place),
-                    generation: Some(raised.generation),
-                })
+        let Some(replies) = self.batch_on(sender, &commands).await else {
+            self.try_refresh(version).await;
+            return WithoutScript::Unknown;
+        };
+        let reply = match acquired_fast(&replies, request.tokens) {
+            Ok(AcquireReply::Granted { tokens, .. }) if !raised.covers(tokens, Moment::now()) => {
+                return WithoutScript::Unknown;
             }
-            _ => WithoutScript::Unknown,
-        }
+            Ok(reply) => reply,
+            Err(_) => return WithoutScript::Unknown,
+        };
+        WithoutScript::Reply(NodeReply {
+            value: reply,
+            sent_at,
+            repeated: false,
+            acked: 0,
+            place: Some(place),
+            generation: Some(raised.generation),
+        })
     }
 
-    /// `may_be_ours` is set if the lease may have been taken for this very cycle. Only the longer
-    /// script recognizes that.
     async fn acquire_by_script(
         &self,
         request: &Acquire,
         slot: Slot,
         floor: u64,
-        may_be_ours: bool,
+        is_first: bool,
     ) -> Result<NodeReply, StoreError> {
         let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
         let wait = self.shared.wait_for_replicas();
-        let is_exclusive = request.cycle.mode().is_exclusive();
-        if is_exclusive && request.kind == AcquireKind::Fast && !may_be_ours {
+        if is_first {
             let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
             let node_reply = self.script(&scripts.acquire_fast, slot, wait, &fill).await?;
             // An attempt whose reply was lost may have taken it.
@@ -130,7 +131,7 @@ impl NodePool {
                 return Ok(node_reply);
             }
         }
-        if is_exclusive {
+        if request.cycle.mode().is_exclusive() {
             let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Done);
             let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
             if !concerns_modes(&node_reply.value) {

@@ -11,10 +11,9 @@ local function notify(inbox, message)
   redis.call('SPUBLISH', inbox, message)
 end
 
--- How far a counter is raised above the server's time: 100 ms, in numbers. Until then, clients
--- reserve numbers without a script: see raised.rs. COUNTER_AHEAD in script.rs
--- is the same.
-local AHEAD = 800000
+-- How far a counter is raised above the server's time: 20 ms, in numbers. Until then, clients
+-- reserve numbers without a script: see raised.rs. COUNTER_AHEAD in script.rs is the same.
+local AHEAD = 160000
 
 -- Reserves n numbers and returns the largest. A promoted replica may have missed the latest ones,
 -- and no client can detect that. The counter therefore follows the server's time, which grows
