@@ -7,7 +7,7 @@
 //! after a failover, a broken connection, silence), the request is retried after a growing pause,
 //! and the map is read again if it may be wrong. A request is thus retried until the store's time
 //! limit, across a failover if the limit is long enough. All requests are idempotent for their
-//! cycle, so retries are harmless.
+//! cycle, and a reply says whether an earlier attempt may have been executed.
 //!
 //! A connection that does not answer an attempt in time is replaced. The server may be fine while
 //! the connection is not: a proxy that has forgotten it still acknowledges data, so it never
@@ -22,6 +22,7 @@
 use std::pin::pin;
 use std::time::Duration;
 
+use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value, pipe};
 
 use super::super::connection::SILENCE_MIN;
@@ -107,7 +108,11 @@ enum AttemptOutcome {
         acked: u32,
         generation: Option<u64>,
     },
-    Failed(RedisError),
+    Failed {
+        error: RedisError,
+        /// Whether the command was executed, and only the wait for replicas failed.
+        executed: bool,
+    },
     /// The command was not sent.
     NotSent(StoreError),
     Silent,
@@ -165,7 +170,8 @@ impl NodePool {
                             self.try_refresh(version).await;
                             StoreError::Unavailable(format!("{place} gave no answer within {patience:?}").into())
                         }
-                        AttemptOutcome::Failed(error) => {
+                        AttemptOutcome::Failed { error, executed } => {
+                            repeated |= executed;
                             let leads_to = error.redirect_node().and_then(|(to, _)| redirected(to, &place));
                             match (error.kind(), leads_to) {
                                 (ErrorKind::Server(ServerErrorKind::NoScript), _) if named == Named::ByHash => {
@@ -230,48 +236,26 @@ impl NodePool {
         let _in_flight = sender.enter();
         let command = (call.command)(named);
         let sending = async {
-            if !asking && call.wait.is_none() {
-                let value = connection.send_packed_command(&command).await?.extract_error()?;
-                return Ok((value, 0));
+            if asking || call.wait.is_some() {
+                // Boxed, so that it does not enlarge the future of every request.
+                return Box::pin(send_between(&mut connection, command, asking, call.wait)).await;
             }
-            let mut commands = pipe();
-            if asking {
-                commands.cmd("ASKING");
-            }
-            commands.add_command(command);
-            if let Some(wait) = call.wait {
-                commands.add_command(wait.command());
-            }
-            let count = commands.len();
-            let mut replies = connection.send_packed_commands(&commands, 0, count).await?;
-            let replicas = match replies.pop() {
-                Some(reply) if call.wait.is_some() => Some(reply),
-                Some(other) => {
-                    replies.push(other);
-                    None
-                }
-                None => None,
-            };
-            // Report the command's error first: an error of ASKING or WAIT is a consequence of it.
-            let value = replies.pop().unwrap_or(Value::Nil).extract_error()?;
-            replies
-                .into_iter()
-                .try_for_each(|reply| reply.extract_error().map(drop))?;
-            let replicas = replicas.map(Value::extract_error).transpose()?;
-            Ok((value, replicas.as_ref().map_or(0, acked)))
+            let value = connection.send_packed_command(&command).await?.extract_error()?;
+            Ok((value, Ok(0)))
         };
         match tokio::time::timeout(patience, pin!(sending)).await {
-            Ok(Ok((value, acked))) => AttemptOutcome::Reply {
+            Ok(Ok((value, Ok(acked)))) => AttemptOutcome::Reply {
                 value,
                 acked,
                 generation: sender.generation(),
             },
+            Ok(Ok((_, Err(error)))) => AttemptOutcome::Failed { error, executed: true },
             Ok(Err(error)) => {
                 let error: RedisError = error;
                 if error.is_unrecoverable_error() {
                     sender.broken();
                 }
-                AttemptOutcome::Failed(error)
+                AttemptOutcome::Failed { error, executed: false }
             }
             Err(_) => {
                 if patience >= SILENCE_MIN.min(self.shared.patience) {
@@ -317,7 +301,36 @@ impl NodePool {
     }
 }
 
-/// Whether a retry may soon succeed, on this node or another.
+/// Sends a command behind `ASKING`, or in front of a wait for replicas, or both. Returns its reply,
+/// and how many replicas acknowledged.
+async fn send_between(
+    connection: &mut MultiplexedConnection,
+    command: Cmd,
+    asking: bool,
+    wait: Option<ReplicaWait>,
+) -> Result<(Value, Result<u32, RedisError>), RedisError> {
+    let mut commands = pipe();
+    if asking {
+        commands.cmd("ASKING");
+    }
+    commands.add_command(command);
+    if let Some(wait) = wait {
+        commands.add_command(wait.command());
+    }
+    let count = commands.len();
+    let mut replies = connection.send_packed_commands(&commands, 0, count).await?;
+    let replicas = wait.and_then(|_| replies.pop());
+    // Report the command's error first: one of ASKING or WAIT is a consequence of it.
+    let value = replies.pop().unwrap_or(Value::Nil).extract_error()?;
+    replies
+        .into_iter()
+        .try_for_each(|reply| reply.extract_error().map(drop))?;
+    let replicas = replicas.map(Value::extract_error).transpose();
+    Ok((value, replicas.map(|replicas| replicas.as_ref().map_or(0, acked))))
+}
+
+/// Whether a retry may soon succeed, on this node or another. A node that becomes a replica ends a
+/// wait with `UNBLOCKED`.
 fn passes(error: &RedisError) -> bool {
     matches!(
         error.kind(),
@@ -330,7 +343,8 @@ fn passes(error: &RedisError) -> bool {
                 | ServerErrorKind::Moved
                 | ServerErrorKind::Ask
         )
-    ) || matches!(to_store_error(error), StoreError::Unavailable(_))
+    ) || error.code() == Some("UNBLOCKED")
+        || matches!(to_store_error(error), StoreError::Unavailable(_))
 }
 
 /// Whether a script failed midway because a key was missing in a slot that is being moved. The next
