@@ -113,7 +113,7 @@ async fn hand_over(guard: LockGuard, waiting: tokio::task::JoinHandle<LockGuard>
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_costs_two_script_calls_and_a_hand_off_two_and_a_publish() {
+async fn a_lock_costs_at_most_two_script_calls_and_a_hand_off_two_and_a_publish() {
     let cluster = Cluster::start(3, 0);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);
     // Makes both managers load the script and subscribe to the slot's inbox.
@@ -130,9 +130,15 @@ async fn a_lock_costs_two_script_calls_and_a_hand_off_two_and_a_publish() {
         lock(&one, "free").await.release().await.expect("release");
     }
     let (calls, publishes) = (cluster.script_calls(), cluster.publishes());
-    println!("10 locks of a free key: {calls} script calls, {publishes} publishes");
+    let without_script: u64 = cluster.nodes().iter().map(|node| node.calls("incrby")).sum();
+    println!(
+        "10 locks of a free key: {calls} script calls, {without_script} acquired without one, {publishes} publishes"
+    );
     // The node may need to load one of the two scripts first.
-    assert!((20..=22).contains(&calls) && publishes == 0, "{calls} {publishes}");
+    assert!(
+        (20 - without_script..=22).contains(&calls) && publishes == 0,
+        "{calls} {publishes}"
+    );
 
     let mut guard = lock(&one, "k").await;
     let mut next = waiting(&other, "k");

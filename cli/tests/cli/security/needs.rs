@@ -188,8 +188,8 @@ async fn permissions_agree_on_nodes_of_a_cluster() {
     ];
     // In a cluster, inboxes are sharded channels, and the owner of a slot is always a primary.
     let of_others = ["+publish", "+pubsub|numsub", "+subscribe", "+role"];
-    // ASKING is only sent during a slot migration and INCRBY only in a slot that is busy, see below,
-    // and SUNSUBSCRIBE only after a minute without waiters.
+    // ASKING is only sent during a slot migration and INCRBY only in a busy slot, see below, and
+    // SUNSUBSCRIBE only after a minute without waiters.
     let unseen = ["+asking", "+incrby", "+sunsubscribe"];
     subject.agrees(&added, &of_others, &unseen).await;
 

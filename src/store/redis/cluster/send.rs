@@ -42,8 +42,8 @@ impl NodePool {
         .await
     }
 
-    /// Acquires once. `may_be_ours` is set if the lease may have been taken for this very cycle, which
-    /// only the longer script recognizes.
+    /// Acquires once. `may_be_ours` is set if the lease may have been taken for this very cycle,
+    /// which only the longer script recognizes.
     pub(super) async fn send_acquire(
         &self,
         request: &Acquire,
@@ -75,7 +75,7 @@ impl NodePool {
         Ok(node_reply.with(reply))
     }
 
-    /// Takes a free lock with plain commands, if a script has raised the slot's counter a moment ago.
+    /// Takes a free lock with plain commands, if a script has just raised the slot's counter.
     async fn acquire_without_script(&self, request: &Acquire, slot: Slot) -> WithoutScript {
         let shared = &*self.shared;
         let sent_at = Moment::now();
