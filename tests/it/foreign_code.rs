@@ -73,7 +73,8 @@ struct Failing(Arc<AtomicBool>);
 impl Failing {
     fn check(&self) {
         if self.0.load(Ordering::SeqCst) {
-            // Unlike `panic!`, prints no backtrace. In a debug build that takes longer than a TTL.
+            // Unlike `panic!`, prints no backtrace. Printing one takes longer than a TTL in a debug
+            // build.
             std::panic::resume_unwind(Box::new("a recorder that fails"));
         }
     }

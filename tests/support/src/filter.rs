@@ -166,7 +166,8 @@ fn read_value(from: &mut impl BufRead, raw: &mut Vec<u8>, words: &mut Vec<Vec<u8
             .unwrap_or(0)
     };
     match raw[start] {
-        b'*' => (0..number()).try_for_each(|_| read_value(from, raw, words)),
+        b'*' | b'>' | b'~' => (0..number()).try_for_each(|_| read_value(from, raw, words)),
+        b'%' => (0..2 * number()).try_for_each(|_| read_value(from, raw, words)),
         b'$' if number() >= 0 => {
             let mut bytes = vec![0; usize::try_from(number()).expect("a length") + 2];
             from.read_exact(&mut bytes)?;

@@ -47,8 +47,8 @@ pub enum Kind {
 /// - `redis_nodes`: the kinds made of Redis servers, whose connections and scripts a test can
 ///   remove.
 /// - `foreign`: the kinds on which clients of other libraries can take the same key.
-/// - `fast_path`: the kinds with a fast path, which take a key without known contenders without
-///   checking its queue.
+/// - `fast_path`: the kinds that always use the fast path for a key without known contenders, which
+///   does not check its queue.
 /// - `permits`: the kinds that have permits, which a quorum can't bound; all have shared locks.
 ///   `permits_of_servers`: those of them that other processes can reach.
 /// - `counted`: the kinds whose servers only count what managers and tests send, and on which a

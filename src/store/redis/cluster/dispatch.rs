@@ -72,10 +72,9 @@ pub(super) struct NodeReply<T = Value> {
 }
 
 impl<T> NodeReply<T> {
-    /// Replaces the value.
-    pub(super) fn with<U>(self, value: U) -> NodeReply<U> {
+    pub(super) fn map<U>(self, read: impl FnOnce(T) -> U) -> NodeReply<U> {
         NodeReply {
-            value,
+            value: read(self.value),
             sent_at: self.sent_at,
             repeated: self.repeated,
             acked: self.acked,
@@ -83,6 +82,15 @@ impl<T> NodeReply<T> {
             generation: self.generation,
         }
     }
+}
+
+/// The reply to several commands that were sent at once.
+pub(super) enum BatchReply {
+    Values(Vec<Value>),
+    /// One of them failed. The others may have been executed.
+    Failed(RedisError),
+    /// The connection broke, or there was no answer in time.
+    Broken,
 }
 
 /// Why a call failed.
@@ -238,7 +246,7 @@ impl NodePool {
         let sending = async {
             if asking || call.wait.is_some() {
                 // Boxed, so that it does not enlarge the future of every request.
-                return Box::pin(send_between(&mut connection, command, asking, call.wait)).await;
+                return Box::pin(send_with(&mut connection, command, asking, call.wait)).await;
             }
             let value = connection.send_packed_command(&command).await?.extract_error()?;
             Ok((value, Ok(0)))
@@ -272,24 +280,28 @@ impl NodePool {
         let patience = self.shared.patience;
         let place = self.shared.topology.owner(slot)?;
         let sender = self.sender(&place, slot, patience).await.ok()?;
-        self.batch_on(sender, commands).await
+        match self.batch_on(sender, commands).await {
+            BatchReply::Values(values) => Some(values),
+            BatchReply::Failed(_) | BatchReply::Broken => None,
+        }
     }
 
     /// The same on this connection, which is that of the slot.
-    pub(super) async fn batch_on(&self, sender: Sender, commands: &Pipeline) -> Option<Vec<Value>> {
+    pub(super) async fn batch_on(&self, sender: Sender, commands: &Pipeline) -> BatchReply {
         let mut connection = sender.connection();
         let _in_flight = sender.enter();
         let asking = connection.send_packed_commands(commands, 0, commands.len());
-        match tokio::time::timeout(self.shared.patience, asking).await {
-            Ok(Ok(replies)) => {
-                let replies = replies.into_iter().map(Value::extract_error);
-                replies.collect::<Result<_, _>>().ok()
-            }
-            Ok(Err(error)) if !error.is_unrecoverable_error() => None,
+        let replies = match tokio::time::timeout(self.shared.patience, asking).await {
+            Ok(Ok(replies)) => self.shared.commands.permissions.without_errors(commands, replies),
+            Ok(Err(error)) if !error.is_unrecoverable_error() => Err(error),
             _ => {
                 sender.broken();
-                None
+                return BatchReply::Broken;
             }
+        };
+        match replies {
+            Ok(values) => BatchReply::Values(values),
+            Err(error) => BatchReply::Failed(error),
         }
     }
 
@@ -303,7 +315,7 @@ impl NodePool {
 
 /// Sends a command behind `ASKING`, or in front of a wait for replicas, or both. Returns its reply,
 /// and how many replicas acknowledged.
-async fn send_between(
+async fn send_with(
     connection: &mut MultiplexedConnection,
     command: Cmd,
     asking: bool,

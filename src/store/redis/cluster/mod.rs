@@ -261,10 +261,16 @@ impl LeaseStore for ClusterStore {
             if kind == AcquireKind::Enqueue || tokens > 1 {
                 inbox.ready(slot).await?;
             }
-            let mut may_be_ours = false;
+            let mut request = request;
             let (node_reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
-                let node_reply = pool.send_acquire(&request, slot, floor, may_be_ours).await?;
+                let node_reply = pool.send_acquire(&request, slot, floor).await?;
+                if node_reply.value == AcquireReply::Taken && node_reply.repeated {
+                    // An attempt whose reply was lost may have taken the lease, or may still do so.
+                    request.kind = AcquireKind::Enqueue;
+                    inbox.ready(slot).await?;
+                    continue;
+                }
                 shared.token_floor.note_reply(slot, &node_reply.value);
                 let Some(error) = shared.too_few_acks(&node_reply.value, &node_reply) else {
                     break (node_reply, floor);
@@ -277,7 +283,11 @@ impl LeaseStore for ClusterStore {
                     return Err(error);
                 }
                 tokio::time::sleep(REPLICAS_PAUSE).await;
-                may_be_ours = true;
+                if request.kind == AcquireKind::Fast {
+                    // Only the longer script recognizes its own lease.
+                    request.kind = AcquireKind::Enqueue;
+                    inbox.ready(slot).await?;
+                }
             };
             match (&node_reply.value, &node_reply.place) {
                 (AcquireReply::Queued(_), Some(place)) => inbox.waits_at(slot, place),

@@ -4,18 +4,19 @@ use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
 
 use super::super::commands::InboxCheck;
 use super::super::map;
+use super::super::permission::is_about_a_command;
 use super::super::replica_ack::ReplicaWait;
 use super::super::reply::{acquired, acquired_fast, concerns_modes, inspected};
 use super::super::script::{LuaScript, Named};
-use super::dispatch::{Call, CallError, NodeReply};
+use super::dispatch::{BatchReply, Call, CallError, NodeReply};
 use super::pool::NodePool;
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Release};
 use crate::store::{KeyState, MapState, MapStep, StoreError};
 
-/// The outcome of an acquire with plain commands.
-enum WithoutScript {
+/// The outcome of an attempt to acquire with plain commands.
+enum PlainAcquire {
     Reply(NodeReply<AcquireReply>),
     NotSent,
     /// The lease may have been taken, and its token is not known or too small.
@@ -42,96 +43,89 @@ impl NodePool {
         .await
     }
 
-    /// Acquires once. `may_be_ours` is set if the lease may have been taken for this very cycle,
-    /// which only the longer script recognizes.
+    /// Acquires once.
     pub(super) async fn send_acquire(
         &self,
         request: &Acquire,
         slot: Slot,
         floor: u64,
-        mut may_be_ours: bool,
     ) -> Result<NodeReply<AcquireReply>, StoreError> {
         let shared = &*self.shared;
         let is_fast = request.kind == AcquireKind::Fast && request.cycle.mode().is_exclusive();
-        if is_fast && !may_be_ours && shared.replica_ack.is_none() {
-            match self.acquire_without_script(request, slot).await {
-                WithoutScript::Reply(node_reply) => return Ok(node_reply),
-                WithoutScript::NotSent => {}
-                WithoutScript::Unknown => may_be_ours = true,
+        let mut was_sent = false;
+        if is_fast && shared.replica_ack.is_none() {
+            match self.acquire_plain(request, slot).await {
+                PlainAcquire::Reply(node_reply) => return Ok(node_reply),
+                PlainAcquire::NotSent => {}
+                PlainAcquire::Unknown => was_sent = true,
             }
         }
-        let node_reply = self
-            .acquire_by_script(request, slot, floor, is_fast && !may_be_ours)
-            .await?;
+        let mut node_reply = self.acquire_by_script(request, slot, floor).await?;
+        node_reply.repeated |= was_sent;
         let reply = match acquired(&node_reply.value, request.tokens)? {
             AcquireReply::Busy if request.kind == AcquireKind::Fast => AcquireReply::Taken,
             reply => reply,
         };
-        if let (AcquireReply::Granted { tokens, .. }, Some(_), Some(generation)) =
-            (&reply, &node_reply.place, node_reply.generation)
+        if let (AcquireReply::Granted { tokens, .. }, Some(_)) = (&reply, &node_reply.place)
+            && let Some(generation) = node_reply.generation
         {
-            shared.raised.note(slot, generation, node_reply.sent_at, *tokens);
+            let now = Moment::now();
+            shared.raised.note(slot, generation, node_reply.sent_at, now, *tokens);
         }
-        Ok(node_reply.with(reply))
+        Ok(node_reply.map(|_| reply))
     }
 
     /// Takes a free lock with plain commands, if a script has just raised the slot's counter.
-    async fn acquire_without_script(&self, request: &Acquire, slot: Slot) -> WithoutScript {
+    async fn acquire_plain(&self, request: &Acquire, slot: Slot) -> PlainAcquire {
         let shared = &*self.shared;
         let sent_at = Moment::now();
-        let Some(raised) = shared.raised.recent(slot, sent_at) else {
-            return WithoutScript::NotSent;
-        };
         let version = shared.topology.version();
-        let Some(place) = shared.topology.owner(slot) else {
-            return WithoutScript::NotSent;
+        let prepare = || {
+            let raised = shared.raised.recent(slot, sent_at)?;
+            let place = shared.topology.owner(slot)?;
+            let sender = self.open_sender(&place, slot)?;
+            (sender.generation() == Some(raised.generation)).then_some((raised, place, sender))
         };
-        let Some(sender) = self.open_sender(&place, slot) else {
-            return WithoutScript::NotSent;
+        let Some((raised, place, sender)) = prepare() else {
+            return PlainAcquire::NotSent;
         };
-        if sender.generation() != Some(raised.generation) {
-            return WithoutScript::NotSent;
-        }
         let commands = shared.commands.acquire_fast_commands(request, slot);
-        let Some(replies) = self.batch_on(sender, &commands).await else {
-            self.try_refresh(version).await;
-            return WithoutScript::Unknown;
-        };
-        let reply = match acquired_fast(&replies, request.tokens) {
-            Ok(AcquireReply::Granted { tokens, .. }) if !raised.covers(tokens, Moment::now()) => {
-                return WithoutScript::Unknown;
+        let replies = match self.batch_on(sender, &commands).await {
+            BatchReply::Values(replies) => replies,
+            BatchReply::Failed(error) => {
+                if is_about_a_command(&error) && shared.raised.give_up() {
+                    tracing::warn!(shard = %shared.shard, %error, "free locks cost a script call each");
+                }
+                return PlainAcquire::Unknown;
             }
-            Ok(reply) => reply,
-            Err(_) => return WithoutScript::Unknown,
+            BatchReply::Broken => {
+                self.try_refresh(version).await;
+                return PlainAcquire::Unknown;
+            }
         };
-        WithoutScript::Reply(NodeReply {
-            value: reply,
-            sent_at,
-            repeated: false,
-            acked: 0,
-            place: Some(place),
-            generation: Some(raised.generation),
-        })
+        match acquired_fast(&replies, request.tokens) {
+            Ok(AcquireReply::Granted { tokens, .. }) if !raised.covers(tokens, Moment::now()) => PlainAcquire::Unknown,
+            Ok(reply) => PlainAcquire::Reply(NodeReply {
+                value: reply,
+                sent_at,
+                repeated: false,
+                acked: 0,
+                place: Some(place),
+                generation: Some(raised.generation),
+            }),
+            Err(_) => PlainAcquire::Unknown,
+        }
     }
 
-    async fn acquire_by_script(
-        &self,
-        request: &Acquire,
-        slot: Slot,
-        floor: u64,
-        is_first: bool,
-    ) -> Result<NodeReply, StoreError> {
+    async fn acquire_by_script(&self, request: &Acquire, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
         let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
         let wait = self.shared.wait_for_replicas();
-        if is_first {
+        let is_exclusive = request.cycle.mode().is_exclusive();
+        if is_exclusive && request.kind == AcquireKind::Fast {
             let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
-            let node_reply = self.script(&scripts.acquire_fast, slot, wait, &fill).await?;
-            // An attempt whose reply was lost may have taken it.
-            if !node_reply.repeated || acquired(&node_reply.value, request.tokens)? != AcquireReply::Busy {
-                return Ok(node_reply);
-            }
+            return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
         }
-        if request.cycle.mode().is_exclusive() {
+        if is_exclusive {
             let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Done);
             let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
             if !concerns_modes(&node_reply.value) {
@@ -139,7 +133,7 @@ impl NodePool {
             }
         }
         let fill = |command: &mut Cmd| commands.fill_acquire_modes(command, request, floor);
-        Ok(self.script(&scripts.modes.acquire, slot, wait, &fill).await?)
+        self.script(&scripts.modes.acquire, slot, wait, &fill).await
     }
 
     /// Releases once.

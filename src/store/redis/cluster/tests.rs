@@ -9,9 +9,9 @@ use super::ClusterStore;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::identity::ManagerId;
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::protocol::{Acquire, AcquireKind, AcquireReply, Cycle, Push};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Cycle, Push, Release};
 use crate::store::redis::Compared;
-use crate::store::{LeaseStore, StoreOptions};
+use crate::store::{LeaseStore, Priority, StoreOptions};
 
 fn store(url: &str, manager: ManagerId, inbox_idle_seconds: u32) -> ClusterStore {
     let options = StoreOptions {
@@ -128,4 +128,38 @@ async fn inbox_at_a_node_missing_from_the_topology_is_opened_again() {
     assert_eq!(cluster.shard_channels(), inbox);
     drop(pushes);
     listening.await.unwrap();
+}
+
+/// The plain commands must not be trusted if the counter was lost after the script. Whether they or
+/// a script are used depends on the time, but the tokens must not.
+#[tokio::test]
+async fn lost_counter_gives_no_smaller_token() {
+    let cluster = support::Cluster::start(1, 0);
+    let store = store(&cluster.url(), ManagerId::of("h", 1, 1), 60);
+    store.connect().await.unwrap();
+    let (sender, mut pushes) = mpsc::unbounded_channel();
+    let _listening = tokio::spawn(store.run_subscriber(sender));
+    assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
+    let key = LockKey::new("k").unwrap();
+    let counter = store.shared.commands.names.of(&key).counter().to_string();
+    let node = &cluster.nodes()[0];
+    let mut largest = 0;
+    for _ in 0..20 {
+        let AcquireReply::Granted { tokens, .. } = acquire(&store, AcquireKind::Fast).await else {
+            panic!("the key is free");
+        };
+        assert!(tokens.first() > largest, "{} after {largest}", tokens.first());
+        largest = tokens.last();
+        let release = Release {
+            key: key.clone(),
+            cycle: Cycle::of(1),
+            requeue: None,
+            nobody_waits: true,
+            tokens: 1,
+            retire_until: None,
+        };
+        assert!(store.release(Priority::Foreground, release).await.unwrap().reply.held);
+        node.command(&["DEL", &counter]);
+    }
+    assert!(node.calls("incrby") > 0, "no plain command was sent");
 }
