@@ -341,14 +341,14 @@ on_each_store! {
     on(pausable, own);
 
     async fn a_shutdown_without_its_servers_ends_in_time(store: &TestStore) {
-        let locks = store.builder().store_timeout(Duration::from_millis(600)).connect().await.expect("connect");
+        let locks = store.builder().store_timeout(Duration::from_secs(2)).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn(locks.lock("k").into_future());
         store.servers().stop_all();
         let started = Instant::now();
         let error = soon("the shutdown", locks.shutdown()).await.expect_err("nothing was released");
         assert!(error.leases() >= 1, "{error}");
-        assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
         let error = soon("the waiter", waiting).await.expect("a task").expect_err("the manager is closed");
         assert!(error.kind() == LockErrorKind::Closed, "{error}");

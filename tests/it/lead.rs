@@ -249,7 +249,7 @@ on_each_store! {
     on(redis, own);
 
     async fn unreachable_server_ends_the_term_and_the_campaign_outlasts_it(store: &TestStore) {
-        let settings = |builder: shardlock::config::Builder| builder.store_timeout(Duration::from_millis(300));
+        let settings = |builder: shardlock::config::Builder| builder.store_timeout(Duration::from_secs(2));
         let locks = settings(store.builder()).ttl(store.short_ttl()).connect().await.expect("connect");
         let (seen, leading) = lead(&locks);
         seen.term(1).await;

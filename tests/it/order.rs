@@ -174,9 +174,12 @@ on_each_store! {
         let guard = soon("the next", waiting).await.expect("a task");
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
         // A single release finds that the first waiter has no subscription, and publishes nothing
-        // to it.
+        // to it. A busy machine may not yet have notified the holder of its waiters. Then it first
+        // calls the script of a release without any, the only one that checks for a queue.
+        let for_nobody = server.calls("exists");
+        assert!(for_nobody <= 1, "{:?}", server.commands());
         assert_eq!(
-            (server.script_calls(), server.publishes()),
+            (server.script_calls() - for_nobody, server.publishes()),
             (1, 1),
             "{:?}",
             server.commands()

@@ -148,7 +148,7 @@ pub(crate) async fn record(me: &worker::Current) {
         LockManager::builder()
             .named_shard("main", &url)
             .ttl(SHORT_TTL)
-            .store_timeout(Duration::from_millis(500))
+            .store_timeout(Duration::from_secs(2))
     };
     let (one, other) = (
         builder().connect().await.expect("connect"),
