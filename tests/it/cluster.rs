@@ -332,13 +332,13 @@ async fn acquire_whose_reply_is_lost_has_the_lock() {
     let cluster = Cluster::start(1, 0);
     let node = &cluster.nodes()[0];
     let losing = Arc::new(AtomicBool::new(false));
-    let lost = Arc::<Mutex<BTreeSet<Vec<u8>>>>::default();
+    let lost = Arc::<Mutex<Vec<Vec<u8>>>>::default();
     let proxy = Filter::start(node.address(), {
         let (losing, lost) = (Arc::clone(&losing), Arc::clone(&lost));
         move |command| {
             let is_of_a_lease = command.iter().any(|word| word.starts_with(b"lock:key-"));
             if is_of_a_lease && losing.swap(false, Ordering::SeqCst) {
-                lost.lock().insert(command[0].clone());
+                *lost.lock() = command.to_vec();
                 return Verdict::LoseReply;
             }
             Verdict::Pass
@@ -353,16 +353,20 @@ async fn acquire_whose_reply_is_lost_has_the_lock() {
     lock(&locks, "key-0").await.release().await.expect("release");
     // The first acquire in a slot is a script. The next one, if it comes soon enough, is not.
     let both = BTreeSet::from([b"EVALSHA".to_vec(), b"SET".to_vec()]);
-    let mut names = names();
+    let (mut names, mut seen) = (names(), BTreeSet::new());
     until("the replies of both kinds are lost", async || {
-        let key = names.next().expect("a name");
+        let [key, next] = [(); 2].map(|()| names.next().expect("a name"));
         lock(&locks, &key).await.release().await.expect("release");
-        losing.store(true, Ordering::SeqCst);
-        lock(&locks, &key).await.release().await.expect("release");
-        let next = names.next().expect("a name");
-        losing.store(true, Ordering::SeqCst);
-        lock(&locks, &next).await.release().await.expect("release");
-        *lost.lock() == both
+        for key in [&key, &next] {
+            losing.store(true, Ordering::SeqCst);
+            let guard = lock(&locks, key).await;
+            let lost = std::mem::take(&mut *lost.lock());
+            // The lease is that of the lost attempt.
+            assert!(lost.contains(&guard.owner().into_bytes()), "{} {lost:?}", guard.owner());
+            seen.insert(lost[0].clone());
+            guard.release().await.expect("release");
+        }
+        seen == both
     })
     .await;
     is_empty(&cluster).await;

@@ -131,11 +131,14 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
         let verdict = judge(&words);
         match verdict {
             Verdict::Pass | Verdict::LoseReply => {}
-            _ => {
+            Verdict::Refuse(error) => {
                 stopped.fetch_add(1, Ordering::Relaxed);
-                let Verdict::Refuse(error) = verdict else { return Ok(()) };
                 to_client.write_all(format!("-{error}\r\n").as_bytes())?;
                 continue;
+            }
+            Verdict::HangUp => {
+                stopped.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
             }
         }
         to_server.write_all(&raw)?;
