@@ -372,6 +372,58 @@ async fn acquire_whose_reply_is_lost_has_the_lock() {
     is_empty(&cluster).await;
 }
 
+/// Requests a free lock while the replica is stopped, calls `meanwhile` once the primary has the
+/// lease, and expects that the lock is granted with that lease when the replica answers again.
+async fn lease_is_kept_until_the_replica_answers(meanwhile: impl AsyncFn(&RedisServer)) {
+    // The replica must not be taken for dead.
+    let cluster = Cluster::start_with(1, 1, &["--cluster-node-timeout", "60000"]);
+    let [primary, replica] = cluster.nodes() else {
+        unreachable!("two were started")
+    };
+    let builder = builder(&cluster).ttl(Duration::from_secs(60)).min_replicas_acked(1);
+    let locks = builder.connect().await.expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+    replica.stop();
+    let waiting = waiting(&locks, "k");
+    let lease = async || primary.query::<Option<String>>(&["GET", "lock:k"]);
+    until("the primary has the lease", async || lease().await.is_some()).await;
+    let owner = lease().await;
+    meanwhile(primary).await;
+    replica.cont();
+    let guard = soon("the lock", waiting).await.expect("a task");
+    assert_eq!(Some(guard.owner()), owner);
+    guard.release().await.expect("release");
+    is_empty(&cluster).await;
+}
+
+/// Regression: the request that was sent again since no replica had acknowledged found the lock
+/// taken, by its own first attempt.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acquire_without_an_acknowledgement_is_repeated_by_the_same_cycle() {
+    lease_is_kept_until_the_replica_answers(async |primary| {
+        let waits = primary.calls("wait");
+        until("it was repeated", async || primary.calls("wait") > waits + 1).await;
+    })
+    .await;
+}
+
+/// Regression: a wait for replicas that failed ended the request, although the command before it
+/// was executed. A node that becomes a replica ends waits with the same error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acquire_whose_wait_for_replicas_fails_is_repeated_by_the_same_cycle() {
+    lease_is_kept_until_the_replica_answers(async |primary| {
+        until("a wait has failed", async || {
+            let list: String = primary.query(&["CLIENT", "LIST"]);
+            let waiting = list.lines().find(|client| client.contains(" cmd=wait"));
+            let id = waiting.and_then(|client| client.strip_prefix("id=")?.split(' ').next());
+            // Returns 0 if the wait has ended meanwhile.
+            id.is_some_and(|id| primary.query::<bool>(&["CLIENT", "UNBLOCK", id, "ERROR"]))
+        })
+        .await;
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connect_needs_one_reachable_node_and_explains_failures() {
     let cluster = Cluster::start(3, 0);

@@ -5,6 +5,7 @@ mod deposed;
 mod modes;
 
 use support::etcd::{Etcd, LEASE_MIN};
+use support::proxy::Proxy;
 use tokio::sync::mpsc;
 
 use super::*;
@@ -29,10 +30,13 @@ impl Bench {
 
     /// The store of a manager, with its background work running.
     fn store(&self, manager: u64) -> (EtcdStore, mpsc::UnboundedReceiver<Push>) {
+        Self::store_at(self.etcd.hosts(), manager, Duration::from_secs(5))
+    }
+
+    fn store_at(hosts: String, manager: u64, timeout: Duration) -> (EtcdStore, mpsc::UnboundedReceiver<Push>) {
         let mut options = StoreOptions::for_tests(ManagerId::of("h", 1, manager));
-        options.timeout = Duration::from_secs(5);
-        let hosts: Vec<String> = vec![self.etcd.hosts()];
-        let store = EtcdStore::new(&hosts, None, false, options).unwrap();
+        options.timeout = timeout;
+        let store = EtcdStore::new(&[hosts], None, false, options).unwrap();
         let (sender, receiver) = mpsc::unbounded_channel();
         tokio::spawn(store.run_subscriber(sender));
         (store, receiver)
@@ -359,4 +363,37 @@ async fn a_retired_key_keeps_its_place_under_a_lease_that_nothing_extends_or_end
             .reply,
         AcquireReply::Busy
     ));
+}
+
+/// Regression: the retirement that was sent again found no key, since the rest of the `min_hold` had
+/// passed, and the release reported a loss.
+#[tokio::test]
+async fn retirement_whose_reply_is_lost_is_no_loss() {
+    let bench = Bench::new().await;
+    let proxy = Proxy::start(bench.etcd.place(0));
+    let (store, _pushes) = Bench::store_at(proxy.address(), 1, TTL);
+    bench.join(&store, 2).await;
+    let before = bench.only_lease().await;
+    let retire = Release {
+        // Longer than the replies to the requests in front of it take.
+        retire_until: Some(Moment::now() + Duration::from_secs(6)),
+        ..bench.release(2, None)
+    };
+    // Time to lose the reply once the key was moved.
+    proxy.slow_down(Duration::from_secs(1));
+    let released = tokio::spawn(store.release(Priority::Foreground, retire));
+    while bench.only_lease().await == before {
+        tokio::task::yield_now().await;
+    }
+    proxy.silence();
+    proxy.cut_off();
+    let opened = proxy.connections();
+    while !bench.etcd.lock_keys().await.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    proxy.slow_down(Duration::ZERO);
+    proxy.heal(false);
+    let answer = released.await.unwrap().unwrap();
+    assert!(answer.reply.held);
+    assert!(proxy.connections() > opened, "the reply was not lost");
 }
