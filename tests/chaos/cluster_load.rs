@@ -1,7 +1,7 @@
-//! Load on a Redis Cluster while slots migrate back and forth and a primary dies. No two holders
-//! overlap, tokens grow, and every waiter is served.
+//! Load on a Redis Cluster while slots migrate back and forth, and in one test a primary dies. No
+//! two holders overlap, tokens grow, and every waiter is served.
 //!
-//! Runs for `SHARDLOCK_TEST_CLUSTER_SECONDS`, 15 by default.
+//! Each runs for `SHARDLOCK_TEST_CLUSTER_SECONDS`, 15 by default with a failover, 6 without.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,8 +15,18 @@ use support_locks::{lock, until};
 use tokio::task::JoinSet;
 
 const MANAGERS: usize = 6;
-const TASKS_EACH: usize = 8;
 const KEYS: usize = 24;
+
+/// What differs between the tests.
+struct Load {
+    seconds: u64,
+    tasks_each: usize,
+    /// The number of slots of the keys.
+    slots: usize,
+    /// With a replica for each primary, which acknowledges each lease: without, a failover may lose
+    /// the last leases.
+    is_replicated: bool,
+}
 
 /// The number of current holders, and the last holder's token.
 #[derive(Default)]
@@ -35,8 +45,10 @@ struct Findings {
     longest_wait_ms: AtomicU64,
 }
 
-fn key(number: usize) -> String {
-    format!("load-{number}")
+impl Load {
+    fn key(&self, number: usize) -> String {
+        format!("{{load-{}}}{number}", number % self.slots)
+    }
 }
 
 fn slot(key: &str) -> u16 {
@@ -45,6 +57,7 @@ fn slot(key: &str) -> u16 {
 
 /// Locks one key after the other until the end.
 async fn work(
+    load: &Load,
     locks: LockManager,
     mut number: usize,
     ledgers: Arc<Vec<Ledger>>,
@@ -60,7 +73,7 @@ async fn work(
         let place = (number >> 33) % if number >> 63 == 0 { KEYS } else { 4 };
         let ledger = &ledgers[place];
         let asked = Instant::now();
-        let guard = match locks.lock(key(place)).await {
+        let guard = match locks.lock(load.key(place)).await {
             Ok(guard) => guard,
             Err(error) => {
                 eprintln!("{error}");
@@ -89,9 +102,9 @@ async fn work(
 
 /// Migrates the slots of the keys back and forth until the deadline. Returns the number of
 /// migrations.
-fn migrate(cluster: &Cluster, until: Instant) -> u64 {
+fn migrate(load: &Load, cluster: &Cluster, until: Instant) -> u64 {
     let mut owners: HashMap<u16, usize> = (0..KEYS)
-        .map(|number| slot(&key(number)))
+        .map(|number| slot(&load.key(number)))
         .map(|slot| (slot, cluster.owner(slot)))
         .collect();
     let nodes = cluster.owners();
@@ -114,40 +127,57 @@ fn migrate(cluster: &Cluster, until: Instant) -> u64 {
 #[test]
 fn holders_never_overlap_and_waiters_are_served_while_slots_move_and_a_primary_dies() {
     let _alone = super::LANES[1].lock();
-    contend();
+    contend(&Load {
+        seconds: 15,
+        tasks_each: 8,
+        slots: KEYS,
+        is_replicated: true,
+    });
+}
+
+/// Without acknowledgements, free locks in busy slots need no script.
+#[test]
+fn holders_never_overlap_and_tokens_grow_while_slots_move_beside_plain_commands() {
+    let _alone = super::LANES[0].lock();
+    let cluster = contend(&Load {
+        seconds: 6,
+        tasks_each: 2,
+        slots: 4,
+        is_replicated: false,
+    });
+    let plain: u64 = cluster.alive().map(|node| node.calls("incrby")).sum();
+    assert!(plain > 0, "no plain command was sent");
 }
 
 #[tokio::main(worker_threads = 2)]
-async fn contend() {
-    let seconds =
-        std::env::var("SHARDLOCK_TEST_CLUSTER_SECONDS").map_or(15, |seconds| seconds.parse().expect("a number"));
-    let cluster = Arc::new(Cluster::start(3, 3));
+async fn contend(load: &'static Load) -> Arc<Cluster> {
+    let seconds = std::env::var("SHARDLOCK_TEST_CLUSTER_SECONDS");
+    let seconds = seconds.map_or(load.seconds, |seconds| seconds.parse().expect("a number"));
+    let cluster = Arc::new(Cluster::start(3, if load.is_replicated { 3 } else { 0 }));
     let (ledgers, findings): (Arc<Vec<Ledger>>, Arc<Findings>) =
         (Arc::new((0..KEYS).map(|_| Ledger::default()).collect()), Arc::default());
     let over = Arc::new(AtomicBool::new(false));
     let mut tasks = JoinSet::new();
     let mut managers = Vec::new();
     for manager in 0..MANAGERS {
-        // An asynchronous replica may miss the last leases. With an acknowledgement from a replica,
-        // none is lost.
         let locks = LockManager::builder()
             .shard(cluster.url())
             .store_timeout(Duration::from_secs(15))
-            .min_replicas_acked(1)
+            .min_replicas_acked(load.is_replicated.into())
             .connect()
             .await
             .expect("connect");
-        for task in 0..TASKS_EACH {
+        for task in 0..load.tasks_each {
             let (ledgers, findings, over) = (Arc::clone(&ledgers), Arc::clone(&findings), Arc::clone(&over));
-            let number = 1 + manager * TASKS_EACH + task;
-            tasks.spawn(work(locks.clone(), number, ledgers, findings, over));
+            let number = 1 + manager * load.tasks_each + task;
+            tasks.spawn(work(load, locks.clone(), number, ledgers, findings, over));
         }
         managers.push(locks);
     }
     // Held throughout, one in the slot of each key.
     let mut kept = Vec::new();
     for number in 0..KEYS {
-        let key = format!("{{lock:{}}}kept", key(number)); // tagged with the lease name: the same slot
+        let key = format!("{}-kept", load.key(number));
         kept.push(lock(&managers[number % MANAGERS], &key).await);
     }
 
@@ -156,14 +186,18 @@ async fn contend() {
         move || {
             let started = Instant::now();
             let part = Duration::from_secs(seconds) / 3;
-            let before = migrate(&cluster, started + part);
+            let before = migrate(load, &cluster, started + part);
             cluster.wait_until_in_order();
+            if !load.is_replicated {
+                let after = migrate(load, &cluster, started + 3 * part);
+                return (before, after, started.elapsed());
+            }
             let killed = Instant::now();
-            let (dead, heir) = cluster.fail_over(slot(&key(0)));
+            let (dead, heir) = cluster.fail_over(slot(&load.key(0)));
             let failover = killed.elapsed();
             cluster.nodes()[dead].restart();
             cluster.wait_until_in_order();
-            let after = migrate(&cluster, (started + 3 * part).max(Instant::now() + part / 2));
+            let after = migrate(load, &cluster, (started + 3 * part).max(Instant::now() + part / 2));
             println!("node {dead} was killed; node {heir} took over after {failover:?}");
             (before, after, started.elapsed())
         }
@@ -180,9 +214,9 @@ async fn contend() {
     let count = |number: &AtomicU64| number.load(Ordering::Relaxed);
     let entered: u64 = ledgers.iter().map(|ledger| count(&ledger.entered)).sum();
     println!(
-        "{took:?}: {entered} locks by {} tasks of {MANAGERS} managers on {KEYS} keys; {before} slots moved before and {after} after a failover; \
+        "{took:?}: {entered} locks by {} tasks of {MANAGERS} managers on {KEYS} keys; {before} slots moved, then {after}; \
          overlapping holders {}, tokens out of order {}, errors {}, lost {}, longest wait {} ms, all served: {all_served}",
-        MANAGERS * TASKS_EACH,
+        MANAGERS * load.tasks_each,
         count(&findings.overlaps),
         count(&findings.out_of_order),
         count(&findings.errors),
@@ -215,4 +249,5 @@ async fn contend() {
     }
     drop(managers);
     until("no channel is left", async || cluster.shard_channels().is_empty()).await;
+    cluster
 }
