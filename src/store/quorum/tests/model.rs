@@ -5,24 +5,26 @@
 //!
 //! Deliberate flaws show that the runs are able to find mistakes.
 
+mod managers;
+mod promises;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::super::tally::{Tally, Vote, VoteState};
-use super::super::tokens::TokenChoice;
+use managers::{ManagerModel, State};
+use promises::Promises;
+
 use super::*;
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::claim::{ClaimKind, Claimed};
 
 /// All times are in milliseconds.
 const TTL: u64 = 100;
-const VALID_FOR: u64 = TTL - TTL / 100 - 2;
 /// How long a manager waits for nodes.
 const PATIENCE: u64 = 40;
-const RENEW_EVERY: u64 = 45;
 const END: u64 = 3_000;
 const MANAGERS: usize = 4;
 const TOKENS: u32 = 4;
@@ -96,39 +98,6 @@ struct NodeModel {
     floor: u64,
 }
 
-enum State {
-    Idle,
-    Asking {
-        cycle: Cycle,
-        sent_at: u64,
-    },
-    Claiming {
-        cycle: Cycle,
-        sent_at: u64,
-        tally: Tally,
-        choice: TokenChoice,
-    },
-    Holding {
-        cycle: Cycle,
-        until: u64,
-        ends: u64,
-        renewal: Option<(u64, Tally)>,
-    },
-}
-
-struct ManagerModel {
-    id: ManagerId,
-    state: State,
-    /// Answers to earlier requests are ignored.
-    stage: u64,
-}
-
-/// A guard that was given out.
-struct Given {
-    cycle: Cycle,
-    until: u64,
-}
-
 #[derive(Debug, Default)]
 struct Stats {
     writers: u64,
@@ -155,10 +124,7 @@ struct World {
     nodes: Vec<NodeModel>,
     managers: Vec<ManagerModel>,
     key: LockKey,
-    held: Vec<Given>,
-    last_written: u64,
-    largest: u64,
-    blocks: Vec<TokenBlock>,
+    promises: Promises,
     stats: Stats,
 }
 
@@ -189,10 +155,7 @@ impl World {
             pending: HashMap::new(),
             numbers: 0,
             key: key(),
-            held: Vec::new(),
-            last_written: 0,
-            largest: 0,
-            blocks: Vec::new(),
+            promises: Promises::default(),
             stats: Stats::default(),
         };
         for manager in 0..MANAGERS {
@@ -331,16 +294,6 @@ impl World {
         }
     }
 
-    /// Sends a request to these nodes, as the manager's next stage.
-    fn ask(&mut self, manager: usize, nodes: impl Iterator<Item = usize>, cycle: Cycle, request: Request) {
-        self.managers[manager].stage += 1;
-        let stage = self.managers[manager].stage;
-        for node in nodes {
-            self.send(node, manager, stage, cycle, request);
-        }
-        self.after(PATIENCE, Event::GiveUp { manager, stage });
-    }
-
     fn send(&mut self, node: usize, manager: usize, stage: u64, cycle: Cycle, request: Request) {
         if let Some(delay) = self.delay() {
             let arrive = Event::Arrive {
@@ -356,204 +309,6 @@ impl World {
 
     fn has_vote(&self, node: usize) -> bool {
         self.flaw == Some(Flaw::VotesAfterRestart) || self.nodes[node].votes_from <= self.now
-    }
-
-    fn wake(&mut self, manager: usize, due: Option<Cycle>) {
-        let now = self.now;
-        let count = self.nodes.len();
-        match &mut self.managers[manager].state {
-            State::Idle if due.is_none() => {
-                let number = (self.numbers + 1) * 2;
-                let mode = match self.rng.random_bool(self.readers) {
-                    true => LockMode::Shared,
-                    false => LockMode::Exclusive,
-                };
-                let cycle = Cycle::parse(&format!("{}{}", Cycle::of(number), mode.suffix())).unwrap();
-                self.managers[manager].state = State::Asking { cycle, sent_at: now };
-                // Managers disagree.
-                let sequencer = self.rng.random_range(0..count);
-                self.ask(manager, std::iter::once(sequencer), cycle, Request::Acquire);
-            }
-            State::Holding {
-                cycle,
-                until,
-                ends,
-                renewal,
-            } if due == Some(*cycle) => {
-                let cycle = *cycle;
-                if now >= *ends || now >= *until {
-                    self.stats.lost += u64::from(now < *ends);
-                    self.release(manager, cycle);
-                } else {
-                    *renewal = Some((now, Tally::new(count)));
-                    let pause = RENEW_EVERY.min(*until - now).min(*ends - now);
-                    self.ask(manager, 0..count, cycle, Request::Renew);
-                    let cycle = Some(cycle);
-                    self.after(pause, Event::Wake { manager, cycle });
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Ends a cycle, whether it held the lease or not.
-    fn release(&mut self, manager: usize, cycle: Cycle) {
-        self.held.retain(|given| given.cycle != cycle);
-        self.managers[manager].state = State::Idle;
-        self.managers[manager].stage += 1;
-        for node in 0..self.nodes.len() {
-            self.send(node, manager, 0, cycle, Request::Release);
-        }
-        let pause = self.rng.random_range(0..30);
-        self.after(pause, Event::Wake { manager, cycle: None });
-    }
-
-    fn on_answer(&mut self, node: usize, manager: usize, reply: Reply) -> Result<(), String> {
-        let (has_vote, count, now) = (self.has_vote(node), self.nodes.len(), self.now);
-        match &mut self.managers[manager].state {
-            State::Idle => {}
-            State::Asking { cycle, sent_at } => {
-                let (cycle, sent_at) = (*cycle, *sent_at);
-                let Reply::Tokens(tokens) = reply else {
-                    self.release(manager, cycle);
-                    return Ok(());
-                };
-                if !has_vote {
-                    self.release(manager, cycle);
-                    return Ok(());
-                }
-                let mode = match self.flaw {
-                    Some(Flaw::ChoosesOnce) => LockMode::Exclusive,
-                    _ => cycle.mode(),
-                };
-                let mut tally = Tally::new(count);
-                tally.count(Vote::Given { counter: 0 });
-                self.managers[manager].state = State::Claiming {
-                    cycle,
-                    sent_at,
-                    tally,
-                    choice: TokenChoice::new(mode, tokens, TOKENS),
-                };
-                let request = Request::Claim {
-                    kind: ClaimKind::Take,
-                    at_least: tokens.last(),
-                };
-                self.ask(manager, (0..count).filter(|&other| other != node), cycle, request);
-            }
-            State::Claiming {
-                cycle,
-                sent_at,
-                tally,
-                choice,
-            } => {
-                let (cycle, sent_at) = (*cycle, *sent_at);
-                let state = tally.count(match reply {
-                    _ if !has_vote => Vote::Missing,
-                    Reply::Counter(counter) => Vote::Given { counter },
-                    _ => Vote::Refused,
-                });
-                match state {
-                    VoteState::Open => {}
-                    VoteState::Won(counter) if choice.is_final(counter) || self.flaw == Some(Flaw::KeepsTokens) => {
-                        let from = if self.flaw == Some(Flaw::CountsFromVote) {
-                            now
-                        } else {
-                            sent_at
-                        };
-                        let (tokens, until) = (choice.tokens, from + VALID_FOR);
-                        if until <= now {
-                            self.release(manager, cycle);
-                        } else {
-                            self.hold(manager, cycle, tokens, until)?;
-                        }
-                    }
-                    VoteState::Won(counter) => {
-                        self.stats.choices[usize::from(!cycle.mode().is_exclusive())] += 1;
-                        *tally = Tally::new(count);
-                        let rng = &mut self.rng;
-                        let at_least = choice.next(counter, |range| rng.random_range(range)).last();
-                        let kind = ClaimKind::Take;
-                        self.ask(manager, 0..count, cycle, Request::Claim { kind, at_least });
-                    }
-                    VoteState::Lost { .. } => self.release(manager, cycle),
-                }
-            }
-            State::Holding {
-                cycle, until, renewal, ..
-            } => {
-                let cycle = *cycle;
-                let Some((sent_at, tally)) = renewal else { return Ok(()) };
-                let (sent_at, state) = (
-                    *sent_at,
-                    tally.count(match reply {
-                        _ if !has_vote => Vote::Missing,
-                        Reply::Renewed => Vote::Given { counter: 0 },
-                        _ => Vote::Refused,
-                    }),
-                );
-                // A guard that has become invalid never becomes valid again.
-                if matches!(state, VoteState::Won(_)) && now < *until {
-                    *until = (*until).max(sent_at + VALID_FOR);
-                    let until = *until;
-                    let given = self.held.iter_mut().find(|given| given.cycle == cycle);
-                    given.unwrap().until = until;
-                    self.stats.renewals += 1;
-                }
-                // Brings the lease back to a node that lacks it. This may arrive after the release.
-                if matches!(reply, Reply::Refused) {
-                    let request = Request::Claim {
-                        kind: ClaimKind::Take,
-                        at_least: 0,
-                    };
-                    self.send(node, manager, 0, cycle, request);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The manager has the key: checks all that was promised.
-    fn hold(&mut self, manager: usize, cycle: Cycle, tokens: TokenBlock, until: u64) -> Result<(), String> {
-        let now = self.now;
-        self.held.retain(|given| given.until > now);
-        let is_writer = cycle.mode().is_exclusive();
-        let beside = self
-            .held
-            .iter()
-            .find(|given| is_writer || given.cycle.mode().is_exclusive());
-        if let Some(beside) = beside {
-            return Err(format!("at {now}, {cycle} has the key beside {}", beside.cycle));
-        }
-        let least = if is_writer { self.largest } else { self.last_written };
-        if tokens.first() <= least {
-            return Err(format!("at {now}, {cycle} has the tokens {tokens:?} after {least}"));
-        }
-        let overlaps = |block: &&TokenBlock| block.first() <= tokens.last() && tokens.first() <= block.last();
-        if let Some(other) = self.blocks.iter().find(overlaps) {
-            return Err(format!("at {now}, {cycle} has the tokens {tokens:?} beside {other:?}"));
-        }
-        self.blocks.push(tokens);
-        self.largest = self.largest.max(tokens.last());
-        if is_writer {
-            self.last_written = tokens.last();
-            self.stats.writers += 1;
-        } else {
-            self.stats.readers += 1;
-            self.stats.beside += u64::from(!self.held.is_empty());
-        }
-        self.held.push(Given { cycle, until });
-        let ends = now + self.rng.random_range(0..2 * TTL);
-        self.managers[manager].state = State::Holding {
-            cycle,
-            until,
-            ends,
-            renewal: None,
-        };
-        self.managers[manager].stage += 1;
-        let pause = RENEW_EVERY.min(until - now).min(ends - now);
-        let cycle = Some(cycle);
-        self.after(pause, Event::Wake { manager, cycle });
-        Ok(())
     }
 }
 
