@@ -13,9 +13,9 @@ pub use crate::telemetry::agent_table as agent_metrics;
 pub use crate::text::{must_be_escaped, printable};
 
 use crate::config::Config;
-use crate::cycle::Cycle;
 use crate::endpoint::Endpoint;
 use crate::error::{InvalidSetting, LockError};
+use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::manager::LockManager;
 use crate::router::ShardMap;
@@ -173,8 +173,7 @@ pub fn primary_name(endpoint: &Endpoint) -> Option<&str> {
 /// passed.
 #[must_use]
 pub fn is_kept_by_min_hold(owner: &str) -> bool {
-    let cycle = owner.rsplit_once(':').and_then(|(_, cycle)| Cycle::parse(cycle));
-    cycle.is_some_and(Cycle::is_retired)
+    parse_owner_tag(owner).is_some_and(|(_, cycle)| cycle.is_retired())
 }
 
 /// Returns whether two stored fingerprints map every key to the same shard.

@@ -109,8 +109,7 @@ pub(crate) enum Verdict {
     TooManyRechecks,
 }
 
-/// A release to send. `K` identifies a key. `P` is a permit that counts the release as pending
-/// until it is dropped.
+/// A release to send. `K` identifies a key. `P` counts the release as pending until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Attempt<K, P> {
     pub(crate) key: K,
@@ -122,7 +121,7 @@ pub(crate) struct Attempt<K, P> {
     /// Whether no request of the cycle can arrive any more after its release.
     is_final: bool,
     /// Held until the release is no longer pending.
-    _permit: P,
+    _pending: P,
 }
 
 /// Ordered by the time of the next attempt.
@@ -183,11 +182,11 @@ impl<K, P> Orphans<K, P> {
     }
 
     /// A cycle is over since then, and the store may still know it.
-    pub(crate) fn add(&mut self, key: K, cycle: Cycle, permit: P, since: Moment) {
-        self.push(key, cycle, permit, since, false);
+    pub(crate) fn add(&mut self, key: K, cycle: Cycle, pending: P, since: Moment) {
+        self.push(key, cycle, pending, since, false);
     }
 
-    fn push(&mut self, key: K, cycle: Cycle, permit: P, since: Moment, is_final: bool) {
+    fn push(&mut self, key: K, cycle: Cycle, pending: P, since: Moment, is_final: bool) {
         self.fresh.push_back(Attempt {
             key,
             cycle,
@@ -196,7 +195,7 @@ impl<K, P> Orphans<K, P> {
             backoff: Backoff::new(self.rules.pause_min, self.rules.pause_max),
             is_ordered: true,
             is_final,
-            _permit: permit,
+            _pending: pending,
         });
     }
 
@@ -217,13 +216,13 @@ impl<K, P> Orphans<K, P> {
     /// `None` if none is due.
     ///
     /// A cycle that is still in use is skipped: it is released as usual when it is over. So is one
-    /// for which there is no permit.
+    /// that can't be counted as pending.
     pub(crate) fn next_recheck(
         &mut self,
         now: Moment,
         last_cut: Option<Moment>,
         is_current: impl FnOnce(&K, Cycle) -> bool,
-        permit: impl FnOnce() -> Option<P>,
+        count: impl FnOnce() -> Option<P>,
     ) -> Option<Verdict> {
         let (key, cycle) = self.rechecks.first_due(now)?;
         let is_over = !is_current(key, *cycle);
@@ -231,8 +230,8 @@ impl<K, P> Orphans<K, P> {
             return Some(Verdict::Rechecked);
         }
         let (key, cycle) = self.rechecks.remove_first()?;
-        if is_over && let Some(permit) = permit() {
-            self.push(key, cycle, permit, now, true);
+        if is_over && let Some(pending) = count() {
+            self.push(key, cycle, pending, now, true);
         }
         Some(Verdict::Done)
     }
