@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use shardlock::LossReason;
 use shardlock::error::LockErrorKind;
 use support::{PATIENCE, wait_until, worker};
-use support_locks::{TestStore, builder_of, hand_off, lock, on_each_store, poll_once, soon, until, until_queued};
+use support_locks::{
+    MARGIN, STORE_TIMEOUT, TestStore, builder_of, hand_off, lock, on_each_store, poll_once, soon, until, until_queued,
+};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinSet;
 
@@ -341,14 +343,14 @@ on_each_store! {
     on(pausable, own);
 
     async fn a_shutdown_without_its_servers_ends_in_time(store: &TestStore) {
-        let locks = store.builder().store_timeout(Duration::from_secs(2)).connect().await.expect("connect");
+        let locks = store.manager().await;
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn(locks.lock("k").into_future());
         store.servers().stop_all();
         let started = Instant::now();
         let error = soon("the shutdown", locks.shutdown()).await.expect_err("nothing was released");
         assert!(error.leases() >= 1, "{error}");
-        assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+        assert!(started.elapsed() < 2 * STORE_TIMEOUT + MARGIN, "{:?}", started.elapsed());
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
         let error = soon("the waiter", waiting).await.expect("a task").expect_err("the manager is closed");
         assert!(error.kind() == LockErrorKind::Closed, "{error}");

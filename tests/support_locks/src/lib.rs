@@ -202,7 +202,7 @@ fn next_number() -> u32 {
 
 /// A server on a busy machine may take longer than the default of a second to answer. Tests of
 /// servers that do not answer set a limit of their own.
-const STORE_TIMEOUT: Duration = Duration::from_secs(4);
+pub const STORE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Connects a manager with the default settings, except for the time that a busy machine needs.
 ///
