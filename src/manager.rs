@@ -365,12 +365,13 @@ impl LockManager {
     /// [`LockErrorKind::Closed`]. All handles of this manager are shut down together.
     ///
     /// Returns once the servers have confirmed all releases, including those of guards dropped
-    /// earlier, or after twice the `store_timeout`.
+    /// earlier, or after twice the `store_timeout`. A release that a server refuses is not retried,
+    /// and one that gets no answer is retried for the default TTL.
     ///
     /// # Errors
     ///
-    /// [`ShutdownError`] with the number of leases whose release was not confirmed by then. They
-    /// expire on their own, and the manager is shut down nevertheless.
+    /// [`ShutdownError`] with the number of leases whose release was not confirmed. They expire on
+    /// their own, and the manager is shut down nevertheless.
     ///
     /// # Cancel safety
     ///
@@ -378,6 +379,11 @@ impl LockManager {
     ///
     /// [`LockErrorKind::Closed`]: crate::error::LockErrorKind::Closed
     pub async fn shutdown(&self) -> Result<(), ShutdownError> {
+        let unreleased = |leases| match leases {
+            0 => Ok(()),
+            leases => Err(ShutdownError::new(leases)),
+        };
+        let usage = &self.inner.context.usage;
         let (done, closed) = oneshot::channel();
         if self.inner.context.jobs.send(Job::Close { done }).is_ok() {
             let limit = self
@@ -387,7 +393,7 @@ impl LockManager {
                 .saturating_mul(2)
                 .max(Duration::from_millis(100));
             match within(Moment::now(), limit, pin!(closed)).await {
-                Ok(Ok(())) => return Ok(()),
+                Ok(Ok(())) => return unreleased(usage.left_to_expire()),
                 // The background thread ended after a panic, which was logged.
                 Ok(Err(_)) => {}
                 Err(_) => tracing::warn!(
@@ -396,10 +402,7 @@ impl LockManager {
                 ),
             }
         }
-        match self.inner.context.usage.unreleased() {
-            0 => Ok(()),
-            leases => Err(ShutdownError::new(leases)),
-        }
+        unreleased(usage.unreleased() + usage.left_to_expire())
     }
 }
 

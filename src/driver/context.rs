@@ -67,7 +67,9 @@ pub(crate) struct Usage {
     pub(super) keys: AtomicUsize,
     /// The number of cycles that are over and not yet released.
     pub(super) pending_releases: AtomicUsize,
-    /// Whether it was logged that there are too many of these.
+    /// The number of leases that were left to expire since the shutdown began.
+    pub(super) left_to_expire: AtomicUsize,
+    /// Whether it was logged that there are too many pending releases.
     pub(super) limit_reported: AtomicBool,
     /// The metrics of each shard.
     shards: Box<[Arc<ShardMetrics>]>,
@@ -84,6 +86,18 @@ impl Usage {
         self.keys.load(Ordering::Acquire) + self.pending_releases.load(Ordering::Acquire)
     }
 
+    /// The number of leases that a shutdown did not release and will not release.
+    pub(crate) fn left_to_expire(&self) -> usize {
+        self.left_to_expire.load(Ordering::Acquire)
+    }
+
+    /// The release of a lease is given up.
+    pub(super) fn leave_to_expire(&self) {
+        if self.ending.load(Ordering::SeqCst) {
+            self.left_to_expire.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
     /// No load yet, for shards with these metrics.
     pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
         Self {
@@ -91,6 +105,7 @@ impl Usage {
             slow: AtomicUsize::new(0),
             keys: AtomicUsize::new(0),
             pending_releases: AtomicUsize::new(0),
+            left_to_expire: AtomicUsize::new(0),
             limit_reported: AtomicBool::new(false),
             shards,
             is_evicting: AtomicBool::new(false),

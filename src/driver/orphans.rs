@@ -24,7 +24,7 @@ pub(crate) struct Abandoned {
     pub(super) key: LockKey,
     cycle: Cycle,
     since: Moment,
-    pending: PendingRelease,
+    pending: Arc<PendingRelease>,
 }
 
 impl Abandoned {
@@ -34,7 +34,10 @@ impl Abandoned {
             key: key.clone(),
             cycle,
             since: Moment::now(),
-            pending: PendingRelease::note(usage)?,
+            pending: PendingRelease::note(usage).or_else(|| {
+                usage.leave_to_expire();
+                None
+            })?,
         })
     }
 }
@@ -50,12 +53,12 @@ pub(super) enum Work {
     },
 }
 
-type Sent = Attempt<LockKey, PendingRelease>;
+type Sent = Attempt<LockKey, Arc<PendingRelease>>;
 
 /// The cycles of a shard that are over.
 struct Cleaner {
     shard: Arc<Shard>,
-    orphans: Orphans<LockKey, PendingRelease>,
+    orphans: Orphans<LockKey, Arc<PendingRelease>>,
     /// Limits log lines about leases that are left to expire, because an outage may leave very
     /// many.
     left_to_expire: RateLimit,
@@ -154,7 +157,8 @@ impl Cleaner {
                 Some(error),
             ),
         };
-        let is_ending = self.shard.manager.usage.ending.load(Ordering::SeqCst);
+        let usage = Arc::clone(&self.shard.manager.usage);
+        let is_ending = usage.ending.load(Ordering::SeqCst);
         let circumstances = Circumstances {
             now: Moment::now(),
             last_cut: self.shard.store.last_cut(),
@@ -162,15 +166,21 @@ impl Cleaner {
             default_ttl: self.shard.manager.default_ttl,
             longest_ttl: self.shard.longest_ttl(),
         };
-        let key = attempt.key.clone();
+        let (key, is_final) = (attempt.key.clone(), attempt.is_final());
+        // The lease counts as pending until it counts as left to expire.
+        let pending = Arc::clone(attempt.pending());
         let verdict = self
             .orphans
             .on_result(attempt, released, circumstances, random::time_in);
         if verdict == Verdict::LeftToExpire {
             tracing::debug!(%key, "a lease of this key could not be released");
+            if !is_final {
+                usage.leave_to_expire();
+            }
         }
+        drop(pending);
         self.report(verdict, error.as_ref());
-        if is_ending && self.shard.manager.usage.has_no_pending_releases() {
+        if is_ending && usage.has_no_pending_releases() {
             self.shard.send(Job::CheckIdle);
         }
     }
@@ -212,14 +222,14 @@ pub(super) struct PendingRelease(Arc<Usage>);
 impl PendingRelease {
     /// Returns `None` if the limit is reached. This is logged once, and again only after the number
     /// has fallen to half the limit.
-    fn note(usage: &Arc<Usage>) -> Option<Self> {
+    fn note(usage: &Arc<Usage>) -> Option<Arc<Self>> {
         let may = |owed: usize| (owed < PENDING_MAX).then_some(owed + 1);
         if usage
             .pending_releases
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, may)
             .is_ok()
         {
-            return Some(Self(Arc::clone(usage)));
+            return Some(Arc::new(Self(Arc::clone(usage))));
         }
         if !usage.limit_reported.swap(true, Ordering::Relaxed) {
             tracing::warn!(
@@ -246,7 +256,7 @@ mod tests {
     #[test]
     fn pending_releases_are_limited_and_completed_ones_make_room() {
         let usage = Arc::new(Usage::new(Box::default()));
-        let mut owed: Vec<PendingRelease> = std::iter::from_fn(|| PendingRelease::note(&usage)).collect();
+        let mut owed: Vec<Arc<PendingRelease>> = std::iter::from_fn(|| PendingRelease::note(&usage)).collect();
         assert_eq!(owed.len(), PENDING_MAX);
         assert!(usage.limit_reported.load(Ordering::Relaxed));
         owed.pop();

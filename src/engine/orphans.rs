@@ -121,7 +121,7 @@ pub(crate) struct Attempt<K, P> {
     /// Whether no request of the cycle can arrive any more after its release.
     is_final: bool,
     /// Held until the release is no longer pending.
-    _pending: P,
+    pending: P,
 }
 
 /// Ordered by the time of the next attempt.
@@ -150,6 +150,16 @@ impl<K, P> Attempt<K, P> {
     /// connection.
     pub(crate) const fn is_ordered(&self) -> bool {
         self.is_ordered
+    }
+
+    /// Whether an earlier release of the cycle was confirmed.
+    pub(crate) const fn is_final(&self) -> bool {
+        self.is_final
+    }
+
+    /// What counts the release as pending.
+    pub(crate) const fn pending(&self) -> &P {
+        &self.pending
     }
 
     /// The attempt failed. Returns whether it is to be sent again at once, in the background.
@@ -195,7 +205,7 @@ impl<K, P> Orphans<K, P> {
             backoff: Backoff::new(self.rules.pause_min, self.rules.pause_max),
             is_ordered: true,
             is_final,
-            _pending: pending,
+            pending,
         });
     }
 

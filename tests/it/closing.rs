@@ -359,3 +359,21 @@ on_each_store! {
         until("the lock is released", async || store.lock_keys().is_empty()).await;
     }
 }
+
+on_each_store! {
+    on(redis, own);
+
+    /// Regression: the leases whose releases were given up during the shutdown were not counted.
+    async fn shutdown_whose_releases_are_refused_is_an_error(store: &TestStore) {
+        let (locks, server) = (store.manager().await, store.server());
+        let guard = lock(&locks, "k").await;
+        server.command(&["ACL", "SETUSER", "default", "-@scripting"]);
+        let started = Instant::now();
+        let error = soon("the shutdown", locks.shutdown()).await.expect_err("nothing was released");
+        assert_eq!(error.leases(), 1);
+        assert!(started.elapsed() < STORE_TIMEOUT, "{:?}", started.elapsed());
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
+        server.command(&["ACL", "SETUSER", "default", "+@scripting"]);
+        assert_eq!(store.lock_keys().len(), 1);
+    }
+}

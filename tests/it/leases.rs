@@ -306,8 +306,8 @@ on_each_store! {
     on(pausable, own);
 
     async fn failed_renewal_before_the_lease_expires_is_no_loss(store: &TestStore) {
-        let ttl = Duration::from_secs(8);
-        let builder = store.builder().ttl(ttl).store_timeout(ttl / 8);
+        let ttl = Duration::from_secs(3);
+        let builder = store.builder().ttl(ttl).store_timeout(ttl / 10);
         let locks = builder.connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         for _ in 0..2 {

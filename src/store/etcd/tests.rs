@@ -365,13 +365,13 @@ async fn a_retired_key_keeps_its_place_under_a_lease_that_nothing_extends_or_end
     ));
 }
 
-/// Regression: the retirement that was sent again found no key, since the rest of the `min_hold` had
-/// passed, and the release reported a loss.
+/// Regression: the retirement that was sent again found no key, since the rest of the `min_hold`
+/// had passed, and the release reported a loss.
 #[tokio::test]
 async fn retirement_whose_reply_is_lost_is_no_loss() {
     let bench = Bench::new().await;
     let proxy = Proxy::start(bench.etcd.place(0));
-    let (store, _pushes) = Bench::store_at(proxy.address(), 1, TTL);
+    let (store, _pushes) = Bench::store_at(proxy.address(), 1, Duration::from_secs(30));
     bench.join(&store, 2).await;
     let before = bench.only_lease().await;
     let retire = Release {
