@@ -52,8 +52,8 @@ pub(super) struct Call<'a> {
     pub(super) wait: Option<ReplicaWait>,
     /// Whether `TRYAGAIN` is returned instead of retried.
     pub(super) stops_at_try_again: bool,
-    /// How long the sender waits, if less than the store's time limit.
-    pub(super) limit: Option<Duration>,
+    /// When to give up, if before the store's time limit.
+    pub(super) deadline: Option<Moment>,
 }
 
 /// The reply to a call, or what was read from it.
@@ -130,8 +130,7 @@ impl NodePool {
     /// Retries until there is a reply, or the time limit is nearly over.
     pub(super) async fn call(&self, call: Call<'_>) -> Result<NodeReply, CallError> {
         let shared = &*self.shared;
-        let started = Moment::now();
-        let deadline = started + call.limit.unwrap_or(shared.timeout - shared.timeout / 20);
+        let deadline = call.deadline.unwrap_or_else(|| shared.deadline());
         let mut named = Named::ByHash;
         let mut asking: Option<NodeAddress> = None;
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
@@ -149,7 +148,7 @@ impl NodePool {
                 Some(place) => {
                     let was_asking = asking.take().is_some();
                     let sent_at = Moment::now();
-                    let patience = match call.limit {
+                    let patience = match call.deadline {
                         Some(_) => shared.patience.min(deadline.since(sent_at)),
                         None => shared.patience,
                     };

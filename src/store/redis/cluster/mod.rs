@@ -171,6 +171,11 @@ impl ClusterStore {
 }
 
 impl Shared {
+    /// When a request that is sent now has to end, so that its sender still gets the reason.
+    fn deadline(&self) -> Moment {
+        Moment::now() + (self.timeout - self.timeout / 20)
+    }
+
     /// How long to wait for replicas at a time. Meanwhile the connection answers nothing else.
     fn replicas_wait(&self) -> Duration {
         (self.patience / 4).min(REPLICAS_WAIT_MAX)
@@ -248,10 +253,11 @@ impl LeaseStore for ClusterStore {
         let (pool, inbox) = (Arc::clone(&self.caller), Arc::clone(&self.inbox));
         Box::pin(async move {
             let shared = &*pool.shared;
-            let started = Moment::now();
+            // All steps share one time limit.
+            let (started, deadline) = (Moment::now(), shared.deadline());
             if !shared.map.is_set() {
                 // Boxed like other rare steps, which would make the future several times as large.
-                Box::pin(pool.check_map(None)).await?;
+                Box::pin(pool.check_map(Some(deadline))).await?;
             }
             let slot = shared.commands.names.of(&request.key).slot();
             let Acquire { kind, ttl, tokens, .. } = request;
@@ -264,7 +270,7 @@ impl LeaseStore for ClusterStore {
             let mut request = request;
             let (node_reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
-                let node_reply = pool.send_acquire(&request, slot, floor).await?;
+                let node_reply = pool.send_acquire(&request, slot, floor, deadline).await?;
                 if node_reply.value == AcquireReply::Taken && node_reply.repeated {
                     // An attempt whose reply was lost may have taken the lease, or may still do so.
                     request.kind = AcquireKind::Enqueue;
@@ -309,7 +315,7 @@ impl LeaseStore for ClusterStore {
             let shared = &*pool.shared;
             let slot = shared.commands.names.of(&request.key).slot();
             let (ttl, tokens) = (request.ttl(), request.tokens);
-            let floor = shared.token_floor.of(slot);
+            let (floor, deadline) = (shared.token_floor.of(slot), shared.deadline());
             let answer = |node_reply: &NodeReply, reply| Answer {
                 sent_at: node_reply.sent_at,
                 ttl,
@@ -319,7 +325,9 @@ impl LeaseStore for ClusterStore {
             let mut repeated = false;
             if let Some(rest) = request.rest(Moment::now()) {
                 let fill = |command: &mut Cmd| shared.commands.fill_retire(command, &request, rest);
-                let node_reply = pool.script(&shared.scripts.retire, slot, None, &fill).await?;
+                let node_reply = pool
+                    .script(&shared.scripts.retire, slot, None, Some(deadline), &fill)
+                    .await?;
                 if node_reply.value == Value::Int(1) {
                     return Ok(answer(&node_reply, ReleaseReply::HELD));
                 }
@@ -327,7 +335,9 @@ impl LeaseStore for ClusterStore {
                 repeated = node_reply.repeated;
             } else if request.nobody_waits && request.is_exclusive() {
                 let fill = |command: &mut Cmd| shared.commands.fill_release_fast(command, &request.key, request.cycle);
-                let node_reply = pool.script(&shared.scripts.release_fast, slot, None, &fill).await?;
+                let node_reply = pool
+                    .script(&shared.scripts.release_fast, slot, None, Some(deadline), &fill)
+                    .await?;
                 if node_reply.value == Value::Int(1) {
                     return Ok(answer(&node_reply, ReleaseReply::HELD));
                 }
@@ -337,7 +347,7 @@ impl LeaseStore for ClusterStore {
             if request.requeue.is_some() {
                 inbox.ready(slot).await?;
             }
-            let node_reply = pool.send_release(&request, slot, floor).await?;
+            let node_reply = pool.send_release(&request, slot, floor, deadline).await?;
             let mut reply = released(&node_reply.value, request.requeue.is_some(), tokens)?;
             // An earlier attempt whose reply was lost may have released the lease. That it is no
             // longer ours is not a loss then.

@@ -179,7 +179,7 @@ async fn renew_part(
         command: &command,
         wait: shared.wait_for_replicas(),
         stops_at_try_again: true,
-        limit: Some(until.saturating_duration_since(tokio::time::Instant::now())),
+        deadline: Some(Moment::now() + until.saturating_duration_since(tokio::time::Instant::now())),
     };
     match pool.call(call).await {
         Ok(node_reply) if !shared.has_acks(&node_reply) => Ok(vec![None; renewals.len()]),
@@ -223,7 +223,7 @@ async fn renew_key(
     fill: &(dyn Fn(&mut Cmd) + Send + Sync),
 ) -> Option<RenewReply> {
     let shared = &*pool.shared;
-    let node_reply = match pool.script(script, slot, shared.wait_for_replicas(), fill).await {
+    let node_reply = match pool.script(script, slot, shared.wait_for_replicas(), None, fill).await {
         Ok(node_reply) if shared.has_acks(&node_reply) => node_reply,
         Ok(_) => return None,
         Err(error) => {

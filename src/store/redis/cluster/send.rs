@@ -30,6 +30,7 @@ impl NodePool {
         script: &LuaScript,
         slot: Slot,
         wait: Option<ReplicaWait>,
+        deadline: Option<Moment>,
         fill: &(dyn Fn(&mut Cmd) + Send + Sync),
     ) -> Result<NodeReply, CallError> {
         let command = |named: Named| script.command(named, fill);
@@ -38,7 +39,7 @@ impl NodePool {
             command: &command,
             wait,
             stops_at_try_again: false,
-            limit: None,
+            deadline,
         })
         .await
     }
@@ -49,6 +50,7 @@ impl NodePool {
         request: &Acquire,
         slot: Slot,
         floor: u64,
+        deadline: Moment,
     ) -> Result<NodeReply<AcquireReply>, StoreError> {
         let shared = &*self.shared;
         let is_fast = request.kind == AcquireKind::Fast && request.cycle.mode().is_exclusive();
@@ -60,7 +62,7 @@ impl NodePool {
                 PlainAcquire::Unknown => was_sent = true,
             }
         }
-        let mut node_reply = self.acquire_by_script(request, slot, floor).await?;
+        let mut node_reply = self.acquire_by_script(request, slot, floor, deadline).await?;
         node_reply.repeated |= was_sent;
         let reply = match acquired(&node_reply.value, request.tokens)? {
             AcquireReply::Busy if request.kind == AcquireKind::Fast => AcquireReply::Taken,
@@ -117,40 +119,52 @@ impl NodePool {
         }
     }
 
-    async fn acquire_by_script(&self, request: &Acquire, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
-        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
+    async fn acquire_by_script(
+        &self,
+        request: &Acquire,
+        slot: Slot,
+        floor: u64,
+        deadline: Moment,
+    ) -> Result<NodeReply, CallError> {
+        let (scripts, commands, deadline) = (&self.shared.scripts, &self.shared.commands, Some(deadline));
         let wait = self.shared.wait_for_replicas();
         let is_exclusive = request.cycle.mode().is_exclusive();
         if is_exclusive && request.kind == AcquireKind::Fast {
             let fill = |command: &mut Cmd| commands.fill_acquire_fast(command, request, floor);
-            return self.script(&scripts.acquire_fast, slot, wait, &fill).await;
+            return self.script(&scripts.acquire_fast, slot, wait, deadline, &fill).await;
         }
         if is_exclusive {
             let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor, InboxCheck::Done);
-            let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
+            let node_reply = self.script(&scripts.acquire, slot, wait, deadline, &fill).await?;
             if !concerns_modes(&node_reply.value) {
                 return Ok(node_reply);
             }
         }
         let fill = |command: &mut Cmd| commands.fill_acquire_modes(command, request, floor);
-        self.script(&scripts.modes.acquire, slot, wait, &fill).await
+        self.script(&scripts.modes.acquire, slot, wait, deadline, &fill).await
     }
 
     /// Releases once.
-    pub(super) async fn send_release(&self, request: &Release, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
-        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
+    pub(super) async fn send_release(
+        &self,
+        request: &Release,
+        slot: Slot,
+        floor: u64,
+        deadline: Moment,
+    ) -> Result<NodeReply, CallError> {
+        let (scripts, commands, deadline) = (&self.shared.scripts, &self.shared.commands, Some(deadline));
         let wait = request.requeue.and_then(|_| self.shared.wait_for_replicas());
         let mut repeated = false;
         if request.is_exclusive() {
             let fill = |command: &mut Cmd| commands.fill_release(command, request, floor);
-            let node_reply = self.script(&scripts.release, slot, wait, &fill).await?;
+            let node_reply = self.script(&scripts.release, slot, wait, deadline, &fill).await?;
             if !concerns_modes(&node_reply.value) {
                 return Ok(node_reply);
             }
             repeated = node_reply.repeated;
         }
         let fill = |command: &mut Cmd| commands.fill_release_modes(command, request, floor);
-        let mut node_reply = self.script(&scripts.modes.release, slot, wait, &fill).await?;
+        let mut node_reply = self.script(&scripts.modes.release, slot, wait, deadline, &fill).await?;
         node_reply.repeated |= repeated;
         Ok(node_reply)
     }
@@ -165,13 +179,14 @@ impl NodePool {
         floor: u64,
     ) -> Result<NodeReply, CallError> {
         let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
+        let deadline = Some(self.shared.deadline());
         let fill = |command: &mut Cmd| commands.fill_break(command, key, owner, tokens, floor);
-        let first = self.script(&scripts.release, slot, None, &fill).await?;
+        let first = self.script(&scripts.release, slot, None, deadline, &fill).await?;
         if !concerns_modes(&first.value) {
             return Ok(first);
         }
         let fill = |command: &mut Cmd| commands.fill_break_modes(command, key, owner, tokens, floor);
-        let mut node_reply = self.script(&scripts.modes.release, slot, None, &fill).await?;
+        let mut node_reply = self.script(&scripts.modes.release, slot, None, deadline, &fill).await?;
         node_reply.repeated |= first.repeated;
         Ok(node_reply)
     }
@@ -193,7 +208,7 @@ impl NodePool {
                 command: &|_| command.clone(),
                 wait: None,
                 stops_at_try_again: false,
-                limit: deadline.map(|deadline| deadline.since(Moment::now())),
+                deadline,
             })
             .await?;
         Ok(node_reply.value)
