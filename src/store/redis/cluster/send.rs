@@ -1,5 +1,7 @@
 //! The requests of a cluster, each sent to the owner of its slot.
 
+use std::borrow::Cow;
+
 use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
 
 use super::super::commands::InboxCheck;
@@ -19,7 +21,9 @@ use crate::store::{KeyState, MapState, MapStep, StoreError};
 enum PlainAcquire {
     Reply(NodeReply<AcquireReply>),
     NotSent,
-    /// The lease may have been taken, and its token is not known or too small.
+    /// The lease was taken, and its token may be too small.
+    TooSmall,
+    /// The lease may have been taken.
     Unknown,
 }
 
@@ -53,19 +57,21 @@ impl NodePool {
         deadline: Moment,
     ) -> Result<NodeReply<AcquireReply>, StoreError> {
         let shared = &*self.shared;
-        let is_fast = request.kind == AcquireKind::Fast && request.cycle.mode().is_exclusive();
+        let is_fast = request.kind == AcquireKind::Fast;
+        let mut request = Cow::Borrowed(request);
         let mut was_sent = false;
-        if is_fast && shared.replica_ack.is_none() {
-            match self.acquire_plain(request, slot).await {
+        if is_fast && request.cycle.mode().is_exclusive() && shared.replica_ack.is_none() {
+            match self.acquire_plain(&request, slot).await {
                 PlainAcquire::Reply(node_reply) => return Ok(node_reply),
                 PlainAcquire::NotSent => {}
+                PlainAcquire::TooSmall => request.to_mut().kind = AcquireKind::Extend,
                 PlainAcquire::Unknown => was_sent = true,
             }
         }
-        let mut node_reply = self.acquire_by_script(request, slot, floor, deadline).await?;
+        let mut node_reply = self.acquire_by_script(&request, slot, floor, deadline).await?;
         node_reply.repeated |= was_sent;
         let reply = match acquired(&node_reply.value, request.tokens)? {
-            AcquireReply::Busy if request.kind == AcquireKind::Fast => AcquireReply::Taken,
+            AcquireReply::Busy if is_fast => AcquireReply::Taken,
             reply => reply,
         };
         if let (AcquireReply::Granted { tokens, .. }, Some(_)) = (&reply, &node_reply.place)
@@ -106,7 +112,7 @@ impl NodePool {
             }
         };
         match acquired_fast(&replies, request.tokens) {
-            Ok(AcquireReply::Granted { tokens, .. }) if !raised.covers(tokens, Moment::now()) => PlainAcquire::Unknown,
+            Ok(AcquireReply::Granted { tokens, .. }) if !raised.covers(tokens, Moment::now()) => PlainAcquire::TooSmall,
             Ok(reply) => PlainAcquire::Reply(NodeReply {
                 value: reply,
                 sent_at,
