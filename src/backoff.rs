@@ -11,7 +11,7 @@ use crate::random;
 /// uniformly from half the smallest bound to the current bound ("full jitter"), so that processes
 /// that lost the same server at the same time do not all return at the same time.
 #[derive(Debug, Clone)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     min: Duration,
     max: Duration,
     bound: Duration,
@@ -19,7 +19,8 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     /// The first delay is at most `min`, later ones at most `max`.
-    pub(crate) fn new(min: Duration, max: Duration) -> Self {
+    #[must_use]
+    pub fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, bound: min }
     }
 
@@ -35,7 +36,7 @@ impl Backoff {
     }
 
     /// The next delay.
-    pub(crate) fn next_delay(&mut self) -> Duration {
+    pub fn next_delay(&mut self) -> Duration {
         random::time_in(self.next_range())
     }
 

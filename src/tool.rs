@@ -1,5 +1,5 @@
 //! What only the command-line tool and this crate's own tests need: settings by name, the servers
-//! behind a URL, the stored form of keys and maps, and output for terminals.
+//! behind a URL, the stored form of keys and maps, retries, and output for terminals.
 //!
 //! This module is hidden because it is not part of the API: it may change in any release.
 
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::RedisError;
 
+pub use crate::backoff::Backoff;
 pub use crate::endpoint::ServerUrl;
 pub use crate::identity::manager_of;
 pub use crate::telemetry::agent_table as agent_metrics;

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::agent_locks::{AgentLocks, HeldKey, Loss, next_loss};
-use super::{Args, Permits};
+use super::{Args, Permits, retries};
 use crate::exit::{self, Failure};
 use crate::serve;
 
@@ -116,8 +116,6 @@ impl AgentRequest {
     ///
     /// Cancel safe: dropping the future gives up the wait, and the locks that were acquired.
     pub(super) async fn acquire(&self) -> Result<Option<AgentLocks>, Failure> {
-        const PAUSE_MIN: Duration = Duration::from_millis(20);
-        const PAUSE_MAX: Duration = Duration::from_secs(1);
         let started = Instant::now();
         let deadline = match self.wait {
             Wait::AtMost(limit) => Some(started + limit),
@@ -128,8 +126,7 @@ impl AgentRequest {
             Wait::No => Some(started + TRY_LIMIT),
             Wait::Default => None,
         };
-        let mut bound = PAUSE_MIN;
-        let mut losses = 0;
+        let (mut backoff, mut losses) = (retries(), 0);
         loop {
             let attempt = self.try_once(deadline);
             let attempt = match give_up {
@@ -140,7 +137,7 @@ impl AgentRequest {
                 Ok(acquired) => return Ok(acquired),
                 Err(error) => error,
             };
-            let pause = rand::random_range(PAUSE_MIN / 2..=bound);
+            let pause = backoff.next_delay();
             let is_in_time = deadline.is_some_and(|deadline| Instant::now() + pause < deadline);
             let again = match &error {
                 AttemptError::Agent(error) => is_temporary(error) && is_in_time,
@@ -157,7 +154,6 @@ impl AgentRequest {
             }
             tracing::debug!(?error, "the locks were not acquired; trying again");
             sleep(pause).await;
-            bound = (bound * 2).min(PAUSE_MAX);
         }
     }
 

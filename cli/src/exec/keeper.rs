@@ -18,7 +18,7 @@ use super::events::Events;
 use super::holding::{Holding, NotReleased};
 use super::terminal::Terminal;
 use super::textfile::{self, Call, Textfile};
-use super::{Args, Permits, Source};
+use super::{Args, Permits, Source, retries};
 use crate::exit::{self, Failure};
 use crate::{metrics, output, shards};
 
@@ -160,27 +160,24 @@ impl Keeper {
 /// Connects to the shards. If there is a timeout, retries until it has passed, so a shorter outage
 /// only costs time. The time that remains is left for the lock.
 async fn connect(mut config: Config, args: &Args) -> Result<LockManager, Failure> {
-    const PAUSE_MIN: Duration = Duration::from_millis(20);
-    const PAUSE_MAX: Duration = Duration::from_secs(1);
     let started = Instant::now();
     let limit = config.timeout.filter(|_| !args.nonblock);
-    let mut bound = PAUSE_MIN;
+    let (mut backoff, mut is_first) = (retries(), true);
     loop {
         let error = match Builder::new().config(config.clone()).connect().await {
             Err(error) if error.kind() == LockErrorKind::Unavailable => error,
             connected => return connected.map_err(|error| args.shards.connect_failure(&error)),
         };
-        // Randomised, so that processes that lost a server together do not all reconnect together.
-        let pause = rand::random_range(PAUSE_MIN / 2..=bound);
+        let pause = backoff.next_delay();
         let left = limit.and_then(|limit| limit.checked_sub(started.elapsed() + pause));
         let Some(left) = left.filter(|left| !left.is_zero()) else {
             let what = exit::describe_after(&error, started.elapsed());
             return Err(Failure::new(exit::UNAVAILABLE, anyhow::Error::msg(what)));
         };
-        if bound == PAUSE_MIN {
+        if is_first {
             tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "can't connect; retrying until the timeout has passed");
         }
-        bound = (bound * 2).min(PAUSE_MAX);
+        is_first = false;
         tokio::time::sleep(pause).await;
         config.timeout = Some(left);
     }

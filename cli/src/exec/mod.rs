@@ -228,6 +228,11 @@ fn permits(text: &str) -> Result<Permits, String> {
     permits.ok_or_else(|| "must be a number of permits and their limit, such as 1/10".to_owned())
 }
 
+/// The pauses between attempts to reach the shards or the agent.
+fn retries() -> tool::Backoff {
+    tool::Backoff::new(Duration::from_millis(20), Duration::from_secs(1))
+}
+
 const GRACE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 fn grace(text: &str) -> Result<Duration, String> {
