@@ -10,6 +10,13 @@ use std::thread;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+/// How often a thread that waits for a reset checks whether the bytes are still withheld. A
+/// partition closes hundreds of connections, and as many threads that wake up each millisecond can
+/// keep the scheduler from running anything else for a second.
+const CHECK_EVERY: Duration = Duration::from_millis(50);
 
 /// The proxy. Its connection threads end with their connections, and its accepting thread ends when
 /// the value is dropped.
@@ -257,11 +264,10 @@ fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, numb
             Ok(0) if requests.has(number) => {
                 // A TLS connection is first closed in order and then reset. A read does not report
                 // the reset.
-                while matches!(client.take_error(), Ok(None)) {
+                while !is_reset_within(&client, CHECK_EVERY) {
                     if !requests.has(number) {
                         return;
                     }
-                    thread::sleep(Duration::from_millis(1));
                 }
                 requests.kept.lock().remove(&number);
                 break;
@@ -275,6 +281,17 @@ fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, numb
         }
     }
     end([client, server]);
+}
+
+/// Waits until the peer resets the connection, or until the time is over.
+fn is_reset_within(stream: &TcpStream, time: Duration) -> bool {
+    let time = Timespec::try_from(time).expect("a short time");
+    // Without any event to wait for, only an error ends the wait.
+    match poll(&mut [PollFd::new(stream, PollFlags::empty())], Some(&time)) {
+        Ok(0) | Err(Errno::INTR) => false,
+        Ok(_) => true,
+        Err(error) => panic!("wait for a reset: {error}"),
+    }
 }
 
 /// Copies until either side is closed, then closes the other.
