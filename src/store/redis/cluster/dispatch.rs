@@ -148,6 +148,11 @@ impl NodePool {
                 Some(place) => {
                     let was_asking = asking.take().is_some();
                     let sent_at = Moment::now();
+                    if sent_at >= deadline {
+                        let limit = shared.timeout;
+                        let error = format!("{place}: no time of store_timeout ({limit:?}) was left for this step");
+                        return Err(CallError::Failed(StoreError::Unavailable(error.into())));
+                    }
                     let patience = match call.deadline {
                         Some(_) => shared.patience.min(deadline.since(sent_at)),
                         None => shared.patience,
