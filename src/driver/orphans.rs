@@ -24,7 +24,7 @@ pub(crate) struct Abandoned {
     pub(super) key: LockKey,
     cycle: Cycle,
     since: Moment,
-    pending: Arc<PendingRelease>,
+    pending: PendingRelease,
 }
 
 impl Abandoned {
@@ -53,15 +53,15 @@ pub(super) enum Work {
     },
 }
 
-type Sent = Attempt<LockKey, Arc<PendingRelease>>;
+type Sent = Attempt<LockKey, PendingRelease>;
 
 /// The cycles of a shard that are over.
 struct Cleaner {
     shard: Arc<Shard>,
-    orphans: Orphans<LockKey, Arc<PendingRelease>>,
+    orphans: Orphans<LockKey, PendingRelease>,
     /// Limits log lines about leases that are left to expire, because an outage may leave very
     /// many.
-    left_to_expire: RateLimit,
+    log_limit: RateLimit,
 }
 
 /// Releases the cycles it receives, for as long as it is polled.
@@ -82,7 +82,7 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
                 }
                 Some(Work::Recheck { key, cycle }) => {
                     let verdict = cleaner.orphans.recheck(key, cycle, Moment::now());
-                    cleaner.report(verdict, None);
+                    cleaner.report(&verdict, None);
                 }
                 // The background thread is gone.
                 None => return,
@@ -124,7 +124,7 @@ impl Cleaner {
         Self {
             orphans: Orphans::new(OrphanRules::new(shard.manager.late_max)),
             shard,
-            left_to_expire: RateLimit::default(),
+            log_limit: RateLimit::default(),
         }
     }
 
@@ -138,7 +138,7 @@ impl Cleaner {
         while let Some(verdict) = self.orphans.next_recheck(now, shard.store.last_cut(), is_current, || {
             PendingRelease::note(&shard.manager.usage)
         }) {
-            self.report(verdict, None);
+            self.report(&verdict, None);
         }
     }
 
@@ -167,41 +167,38 @@ impl Cleaner {
             longest_ttl: self.shard.longest_ttl(),
         };
         let (key, is_final) = (attempt.key.clone(), attempt.is_final());
-        // The lease counts as pending until it counts as left to expire.
-        let pending = Arc::clone(attempt.pending());
         let verdict = self
             .orphans
             .on_result(attempt, released, circumstances, random::time_in);
-        if verdict == Verdict::LeftToExpire {
+        self.report(&verdict, error.as_ref());
+        if let Verdict::LeftToExpire(pending) = verdict {
             tracing::debug!(%key, "a lease of this key could not be released");
             if !is_final {
-                usage.leave_to_expire();
+                pending.leave_to_expire();
             }
         }
-        drop(pending);
-        self.report(verdict, error.as_ref());
         if is_ending && usage.has_no_pending_releases() {
             self.shard.send(Job::CheckIdle);
         }
     }
 
-    fn report(&mut self, verdict: Verdict, error: Option<&StoreError>) {
+    fn report(&mut self, verdict: &Verdict<PendingRelease>, error: Option<&StoreError>) {
         match verdict {
             Verdict::Done | Verdict::Rechecked | Verdict::Retried => {}
-            Verdict::LeftToExpire => {
+            Verdict::LeftToExpire(_) => {
                 let reason = error.map(StoreError::reason).unwrap_or_default();
-                self.left_to_expire(&reason);
+                self.log_left_to_expire(&reason);
             }
-            Verdict::TooManyRechecks => self.left_to_expire("too many requests were cut off at once"),
+            Verdict::TooManyRechecks => self.log_left_to_expire("too many requests were cut off at once"),
         }
     }
 
     /// During an outage, which has its own log line, this is logged only at debug level.
-    fn left_to_expire(&mut self, reason: &str) {
+    fn log_left_to_expire(&mut self, reason: &str) {
         if self.shard.is_in_outage() {
             return tracing::debug!(shard = %self.shard.name, reason, "a lease is left to expire during an outage");
         }
-        let Some(suppressed) = self.left_to_expire.admit(Moment::now()) else {
+        let Some(suppressed) = self.log_limit.admit(Moment::now()) else {
             return;
         };
         let leases = suppressed + 1;
@@ -222,14 +219,14 @@ pub(super) struct PendingRelease(Arc<Usage>);
 impl PendingRelease {
     /// Returns `None` if the limit is reached. This is logged once, and again only after the number
     /// has fallen to half the limit.
-    fn note(usage: &Arc<Usage>) -> Option<Arc<Self>> {
+    fn note(usage: &Arc<Usage>) -> Option<Self> {
         let may = |owed: usize| (owed < PENDING_MAX).then_some(owed + 1);
         if usage
             .pending_releases
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, may)
             .is_ok()
         {
-            return Some(Arc::new(Self(Arc::clone(usage))));
+            return Some(Self(Arc::clone(usage)));
         }
         if !usage.limit_reported.swap(true, Ordering::Relaxed) {
             tracing::warn!(
@@ -238,6 +235,11 @@ impl PendingRelease {
             );
         }
         None
+    }
+
+    /// Gives the release up. The lease counts as pending until it counts as left to expire.
+    fn leave_to_expire(self) {
+        self.0.leave_to_expire();
     }
 }
 
@@ -256,7 +258,7 @@ mod tests {
     #[test]
     fn pending_releases_are_limited_and_completed_ones_make_room() {
         let usage = Arc::new(Usage::new(Box::default()));
-        let mut owed: Vec<Arc<PendingRelease>> = std::iter::from_fn(|| PendingRelease::note(&usage)).collect();
+        let mut owed: Vec<PendingRelease> = std::iter::from_fn(|| PendingRelease::note(&usage)).collect();
         assert_eq!(owed.len(), PENDING_MAX);
         assert!(usage.limit_reported.load(Ordering::Relaxed));
         owed.pop();

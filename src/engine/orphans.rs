@@ -90,21 +90,22 @@ pub(crate) enum Released {
     /// The server refuses.
     Refused,
     /// The shard has another shard map. Managers with that map do not use this lease, and this
-    /// manager holds nothing on the shard any more. The lease expires.
+    /// manager holds nothing on the shard any more.
     OtherMap,
 }
 
-/// What becomes of a pending release.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What becomes of a pending release, which `P` counts as pending.
+#[derive(Debug, PartialEq, Eq)]
 #[must_use = "leases that are left to expire are reported"]
-pub(crate) enum Verdict {
+pub(crate) enum Verdict<P> {
     /// The release is no longer pending.
     Done,
     /// The cycle is released once more when nothing of it can arrive any more.
     Rechecked,
     Retried,
-    /// The release has failed for as long as a lease can last.
-    LeftToExpire,
+    /// The release is given up: it has failed for as long as a lease can last, or the shard does
+    /// not accept it any more.
+    LeftToExpire(P),
     /// Too many cycles wait to be released once more.
     TooManyRechecks,
 }
@@ -157,11 +158,6 @@ impl<K, P> Attempt<K, P> {
         self.is_final
     }
 
-    /// What counts the release as pending.
-    pub(crate) const fn pending(&self) -> &P {
-        &self.pending
-    }
-
     /// The attempt failed. Returns whether it is to be sent again at once, in the background.
     pub(crate) fn falls_back(&mut self) -> bool {
         std::mem::replace(&mut self.is_ordered, false)
@@ -210,7 +206,7 @@ impl<K, P> Orphans<K, P> {
     }
 
     /// A request of the cycle may still arrive. The cycle is released once more later.
-    pub(crate) fn recheck(&mut self, key: K, cycle: Cycle, now: Moment) -> Verdict {
+    pub(crate) fn recheck(&mut self, key: K, cycle: Cycle, now: Moment) -> Verdict<P> {
         #[cfg(test)]
         if self.rules.flaw == Some(Flaw::TrustsReleases) {
             return Verdict::Done;
@@ -233,7 +229,7 @@ impl<K, P> Orphans<K, P> {
         last_cut: Option<Moment>,
         is_current: impl FnOnce(&K, Cycle) -> bool,
         count: impl FnOnce() -> Option<P>,
-    ) -> Option<Verdict> {
+    ) -> Option<Verdict<P>> {
         let (key, cycle) = self.rechecks.first_due(now)?;
         let is_over = !is_current(key, *cycle);
         if is_over && self.rechecks.postpone_first(now, last_cut) {
@@ -279,7 +275,7 @@ impl<K, P> Orphans<K, P> {
         released: Released,
         cx: Circumstances,
         draw: impl FnOnce(RangeInclusive<Duration>) -> Duration,
-    ) -> Verdict {
+    ) -> Verdict<P> {
         debug_assert!(self.in_flight > 0, "the result of a release that is not in flight");
         self.in_flight = self.in_flight.saturating_sub(1);
         self.in_flight_max = match released {
@@ -294,7 +290,7 @@ impl<K, P> Orphans<K, P> {
                 }
                 Verdict::Done
             }
-            Released::OtherMap => Verdict::Done,
+            Released::OtherMap => Verdict::LeftToExpire(attempt.pending),
             Released::Refused => self.on_failure(attempt, true, cx, draw),
             Released::Unavailable => self.on_failure(attempt, false, cx, draw),
         }
@@ -306,7 +302,7 @@ impl<K, P> Orphans<K, P> {
         is_refused: bool,
         cx: Circumstances,
         draw: impl FnOnce(RangeInclusive<Duration>) -> Duration,
-    ) -> Verdict {
+    ) -> Verdict<P> {
         debug_assert!(!attempt.is_ordered, "a failed release was not sent in the background");
         let waited = cx.now.since(attempt.since);
         let patience = match (cx.is_ending, is_refused) {
@@ -315,7 +311,7 @@ impl<K, P> Orphans<K, P> {
             (false, _) => cx.longest_ttl,
         };
         if waited >= patience {
-            return Verdict::LeftToExpire;
+            return Verdict::LeftToExpire(attempt.pending);
         }
         let OrphanRules {
             pause_min,
@@ -369,7 +365,7 @@ mod tests {
         orphans: &mut Orphans<(), ()>,
         released: Released,
         cx: Circumstances,
-    ) -> (Verdict, Option<RangeInclusive<Duration>>) {
+    ) -> (Verdict<()>, Option<RangeInclusive<Duration>>) {
         let mut attempt = orphans.next(cx.now).unwrap();
         attempt.falls_back();
         let mut range = None;
@@ -452,7 +448,7 @@ mod tests {
             now = orphans.next_due().unwrap();
             ends.push(range.end().as_millis());
         };
-        assert_eq!(verdict, Verdict::LeftToExpire);
+        assert_eq!(verdict, Verdict::LeftToExpire(()));
         assert_eq!(ends[..8], [20, 40, 80, 160, 320, 640, 1_000, 1_000]);
         assert!(ends.iter().all(|&millis| millis <= 4_000) && ends.last() > Some(&3_000));
         assert!(now >= at(60_000) && now < at(64_001));
@@ -469,13 +465,13 @@ mod tests {
             ..circumstances(now)
         };
         let (verdict, _) = fail(&mut orphans, Released::Refused, ending(at(1_000)));
-        assert_eq!(verdict, Verdict::LeftToExpire);
-        for (millis, expected) in [(9_999, Verdict::Retried), (10_000, Verdict::LeftToExpire)] {
+        assert_eq!(verdict, Verdict::LeftToExpire(()));
+        for (millis, expected) in [(9_999, Verdict::Retried), (10_000, Verdict::LeftToExpire(()))] {
             let (verdict, _) = fail(&mut of([2]), Released::Unavailable, ending(at(millis)));
             assert_eq!(verdict, expected, "after {millis} ms");
         }
         let (verdict, _) = fail(&mut of([2]), Released::OtherMap, circumstances(at(0)));
-        assert_eq!(verdict, Verdict::Done);
+        assert_eq!(verdict, Verdict::LeftToExpire(()));
     }
 
     #[test]

@@ -149,11 +149,11 @@ impl World {
         self.release_orphans(m);
     }
 
-    fn orphan_is_judged(&mut self, m: usize, verdict: Verdict) {
+    fn orphan_is_judged(&mut self, m: usize, verdict: Verdict<()>) {
         match verdict {
             Verdict::Done | Verdict::Retried => {}
             Verdict::Rechecked => self.stats.doubted += 1,
-            Verdict::LeftToExpire | Verdict::TooManyRechecks => {
+            Verdict::LeftToExpire(()) | Verdict::TooManyRechecks => {
                 self.stats.left_to_run_out += 1;
                 self.note(|_| format!("m{m} a cycle is left to expire: {verdict:?}"));
             }
