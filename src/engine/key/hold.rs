@@ -280,6 +280,20 @@ impl<W> Queue<W> {
         (token, effects)
     }
 
+    /// Whether a task that has waited since `waiting_since` may be let in beside the present guard,
+    /// but there is no token for it and none will come: the last extension failed.
+    pub(super) fn cannot_join(&self, waiting_since: Moment, cx: Context<'_>) -> bool {
+        let failed = matches!(&self.phase, Phase::Held(held) if held.extension_failed && !held.extending);
+        failed && self.may_join(waiting_since, cx)
+    }
+
+    /// Lets the next task that needs an extension try one, although the last one failed.
+    pub(super) const fn retry_extension(&mut self) {
+        if let Phase::Held(held) = &mut self.phase {
+            held.extension_failed = false;
+        }
+    }
+
     /// The guard is for another waiter than the one that was served. Returns the lease.
     pub(super) fn serve_for_another(&mut self, options: &WaiterOptions, cx: Context<'_>) -> Option<Arc<Lease>> {
         let Phase::Held(held) = &mut self.phase else {

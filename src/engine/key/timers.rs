@@ -108,6 +108,8 @@ impl<W> Queue<W> {
                 held.lease.extend(sent_at + ttl - drift(ttl), ttl);
                 held.confirm(held.renewing_in, sent_at, ttl, cx);
                 held.renew_at = sent_at + cx.rules.renew_every(ttl);
+                // The store answers again, so an extension may succeed, too.
+                held.extension_failed = false;
                 if held.confirmed_in != cx.epoch {
                     held.renew_at = cx.now;
                 }

@@ -201,6 +201,8 @@ impl<W> Group<W> {
         }
         (id, effects)
     }
+            // Each new task asks the store anew. A try, for example, must not wait for a renewal.
+            self.lanes.iter_mut().for_each(|lane| lane.queue.retry_extension());
 
     /// A try neither waits behind a local waiter nor passes one.
     fn is_free_for_a_try(&self, mode: LockMode, cx: Context<'_>) -> bool {

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::Group;
 use crate::engine::key::outage::KeyOutage;
-use crate::engine::key::{Context, Effects, Queue, StoreEvent};
+use crate::engine::key::{Context, Effects, LockMode, Moment, Outcome, Queue, StoreEvent};
+use crate::error::LockError;
 use crate::protocol::{AcquireReply, Cycle};
 
 impl<W> Group<W> {
@@ -46,7 +47,28 @@ impl<W> Group<W> {
             _ => {}
         }
         self.settle(cx, &mut effects);
+        if let StoreEvent::RequestFailed { error, outage: None } = event {
+            self.refuse_joining(error, cx, &mut effects);
+        }
         effects
+    }
+
+    /// The store refused a request. Fails the tasks that would share the key, but for which the
+    /// store issues no tokens.
+    fn refuse_joining(&mut self, error: &LockError, cx: Context<'_>, effects: &mut Effects<W>) {
+        while let Some(id) = self.waiters.first()
+            && self
+                .waiters
+                .get(id)
+                .is_some_and(|waiter| self.is_refused_to_join(waiter.since, cx))
+        {
+            self.resolve(id, Outcome::Failed(error.clone()), effects);
+        }
+    }
+
+    fn is_refused_to_join(&self, waiting_since: Moment, cx: Context<'_>) -> bool {
+        let mut held = self.lanes.iter().filter(|lane| lane.hold.is_some());
+        held.any(|lane| lane.mode == LockMode::Shared && lane.queue.cannot_join(waiting_since, cx))
     }
 
     pub(in crate::engine::key) fn on_resubscribed(&mut self, cx: Context<'_>) -> Effects<W> {

@@ -234,6 +234,71 @@ fn tokens_are_extended_early_while_tasks_join() {
     guard(&mut bench, id);
 }
 
+/// A shared lease whose tokens are used up, a task that waits for more, and the cycle of the
+/// extension that it waits for.
+fn out_of_tokens() -> (GroupBench, Granted, WaiterId, Cycle) {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let first = first_guard(&mut bench, SHARED);
+    let in_outage = InOutage::UntilOwnLimit;
+    let id = loop {
+        let id = want(&mut bench, WaiterOptions { in_outage, ..SHARED });
+        if !bench.key.is_settled(id) {
+            break id;
+        }
+        guard(&mut bench, id);
+    };
+    assert_eq!(bench.in_flight.len(), 1);
+    let cycle = bench.in_flight[0].cycle();
+    assert_eq!(cycle, first.lease.cycle);
+    (bench, first, id, cycle)
+}
+
+/// Regression: after one failure no extension was sent while any task held the key.
+#[test]
+fn failed_extension_is_repeated_after_a_renewal() {
+    let (mut bench, _first, waiting, cycle) = out_of_tokens();
+    assert!(bench.step(Step::Failed(End::Oldest)));
+    assert!(bench.in_flight.is_empty() && !bench.key.is_settled(waiting));
+    let renewed = StoreEvent::RenewalReply {
+        ttl: TTL,
+        sent_at: bench.now,
+        reply: Some(RenewReply::Extended { has_waiters: false }),
+    };
+    bench.event(|key, cx| ((), key.on_event(cycle, renewed, cx)));
+    assert!(bench.step(Step::Granted(End::Oldest)), "no extension was sent");
+    guard(&mut bench, waiting);
+}
+
+/// A try must not wait for a renewal.
+#[test]
+fn failed_extension_is_repeated_for_each_new_task() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let _first = first_guard(&mut bench, SHARED);
+    while bench.in_flight.is_empty() {
+        let id = want(&mut bench, SHARED);
+        guard(&mut bench, id);
+    }
+    assert!(bench.step(Step::Failed(End::Oldest)));
+    assert!(bench.in_flight.is_empty());
+    let id = want(&mut bench, SHARED);
+    guard(&mut bench, id);
+    assert_eq!(bench.in_flight.len(), 1, "no extension was sent");
+}
+
+/// Regression: the tasks waited until the last guard was dropped.
+#[test]
+fn refused_extension_fails_the_tasks_that_wait_for_it() {
+    let (mut bench, first, waiting, cycle) = out_of_tokens();
+    bench.in_flight.clear();
+    let refused = StoreEvent::RequestFailed {
+        error: &no_answer(),
+        outage: None,
+    };
+    bench.event(|key, cx| ((), key.on_event(cycle, refused, cx)));
+    assert!(matches!(bench.key.collect(waiting), Some(Outcome::Failed(_))));
+    assert_eq!(first.lease.loss_at(bench.now), None);
+}
+
 #[test]
 fn try_does_not_join_a_lease_that_has_ended() {
     let mut bench = GroupBench::new([LockMode::Shared; 2]);
