@@ -276,10 +276,12 @@ impl<W> Queue<W> {
         waker: Option<W>,
         cx: Context<'_>,
     ) -> (WaiterId, Effects<W>) {
-        self.enqueue_since(cx.now, options, waker, cx)
+        let is_busy = options.try_only && !self.is_free_for_a_try();
+        self.enqueue_since(cx.now, is_busy, options, waker, cx)
     }
 
-    /// Enqueues a waiter that has been waiting since then, at the end of the line.
+    /// Enqueues a waiter that has been waiting since then, at the end of the line. It is refused if
+    /// it is a try and the key is busy for it.
     fn enqueue_since(
         &mut self,
         since: Moment,
@@ -290,12 +292,13 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         let refused = if self.closed {
             Some(Outcome::Failed(Failure::Closed.into()))
-        } else if options.try_only && !self.is_free_for_a_try() {
+        } else if is_busy {
             Some(Outcome::Busy)
         } else {
             self.refused_by_outage(options.in_outage)
         };
         let settled = refused.is_some();
+        is_busy: bool,
         // A waiter that already has its outcome keeps no waker.
         let waker = if !settled {
             waker

@@ -155,7 +155,8 @@ impl<W> Group<W> {
             && options.mode == mode
             && (self.may_serve(index, since, cx) || !self.has_claims_for_all(mode))
         {
-            self.claim_in(index, options, since, cx, effects);
+            // The hold is about to end, so the lane is not busy for a try.
+            self.claim_in(index, options, since, false, cx, effects);
         }
         if let Some(hold) = hold {
             self.on_lane(index, effects, |queue| queue.released(hold.cycle, hold.token, cx).1);
@@ -239,16 +240,20 @@ impl<W> Group<W> {
             self.lanes.push(lane);
             index
         });
-        self.claim_in(index, options, since, cx, effects);
+        let lane = self.lanes.get(index);
+        let is_busy = options.try_only && lane.is_some_and(|lane| !lane.queue.is_free_for_a_try());
+        self.claim_in(index, options, since, is_busy, cx, effects);
         true
     }
 
-    /// Makes a claim for a task that has waited since then.
+    /// Makes a claim for a task that has waited since then. It is refused if the task only tries
+    /// and the lane is busy.
     fn claim_in(
         &mut self,
         index: usize,
         options: WaiterOptions,
         since: Moment,
+        is_busy: bool,
         cx: Context<'_>,
         effects: &mut Effects<W>,
     ) {
@@ -261,7 +266,7 @@ impl<W> Group<W> {
         };
         let mut id = None;
         self.on_lane(index, effects, |queue| {
-            let (claim, effects) = queue.enqueue_since(since, claim, None, cx);
+            let (claim, effects) = queue.enqueue_since(since, is_busy, claim, None, cx);
             id = Some(claim);
             effects
         });

@@ -299,6 +299,34 @@ fn refused_extension_fails_the_tasks_that_wait_for_it() {
     assert_eq!(first.lease.loss_at(bench.now), None);
 }
 
+/// Regression: the try was refused, although it was the only task that wanted a permit.
+#[test]
+fn try_gets_a_permit_that_is_released_meanwhile() {
+    let mode = permits(1, 2);
+    let mut bench = GroupBench::new([mode; 2]);
+    let options = WaiterOptions { mode, ..OPTIONS };
+    let held = first_guard(&mut bench, options);
+    let try_only = true;
+    let id = want(&mut bench, WaiterOptions { try_only, ..options });
+    assert!(!bench.key.is_settled(id), "the store is asked for the other permit");
+    bench.event(|key, cx| key.released(held.lease.cycle, held.token, cx));
+    assert!(bench.step(Step::Granted(End::Newest)), "the lease is extended");
+    guard(&mut bench, id);
+}
+
+#[test]
+fn try_that_waits_for_an_extension_gets_the_lease_when_the_last_guard_goes() {
+    let mut bench = GroupBench::new([LockMode::Shared; 2]);
+    let first = first_guard(&mut bench, SHARED);
+    bench.now = bench.now + ms(500);
+    let try_only = true;
+    let id = want(&mut bench, WaiterOptions { try_only, ..SHARED });
+    assert!(!bench.key.is_settled(id), "the lease is extended first");
+    bench.event(|key, cx| key.released(first.lease.cycle, first.token, cx));
+    assert!(bench.step(Step::Granted(End::Oldest)));
+    guard(&mut bench, id);
+}
+
 #[test]
 fn try_does_not_join_a_lease_that_has_ended() {
     let mut bench = GroupBench::new([LockMode::Shared; 2]);
