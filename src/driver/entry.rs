@@ -429,7 +429,7 @@ impl Entry {
     }
 
     fn remove_if_unused(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>) {
-        if state.removed || !state.queue.is_unused() {
+        if state.removed || !(state.queue.is_unused() || state.queue.is_over()) {
             return;
         }
         state.removed = true;

@@ -281,6 +281,30 @@ on_each_store! {
         }
     }
 
+    /// Regression: the key was forgotten with the loss, and the shutdown left its lease.
+    async fn a_shutdown_releases_the_lease_of_a_lost_guard_that_is_still_out(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guard = locks.lock("k").max_hold(Duration::from_millis(20)).await.expect("lock");
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::MaxHold);
+        locks.shutdown().await.expect("shutdown");
+        let free = others.try_lock("k").await.expect("try");
+        free.expect("the key is free").release().await.expect("release");
+        drop(guard);
+    }
+
+    /// Regression: the outcome that the future did not collect counted as a lease.
+    async fn a_shutdown_does_not_wait_for_a_future_that_is_not_polled(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let _guard = lock(&locks, "k").await;
+        let mut waiting = Box::pin(locks.lock("k").into_future());
+        poll_once(&mut waiting);
+        locks.shutdown().await.expect("shutdown");
+        let free = others.try_lock("k").await.expect("try");
+        free.expect("the key is free").release().await.expect("release");
+        let error = waiting.await.expect_err("the manager is closed");
+        assert!(error.kind() == LockErrorKind::Closed, "{error}");
+    }
+
     async fn a_guard_outlives_the_handles_of_its_manager(store: &TestStore) {
         let (locks, others) = (store.short_lived_manager().await, store.short_lived_manager().await);
         let guard = lock(&locks, "k").await;

@@ -51,6 +51,10 @@ impl<W> Contender<W> {
         either!(self, it => it.is_unused())
     }
 
+    pub(crate) fn is_over(&self) -> bool {
+        either!(self, it => it.is_over())
+    }
+
     /// The number of leases that are ours.
     pub(crate) fn leases(&self) -> usize {
         match self {

@@ -396,6 +396,8 @@ impl<W> Queue<W> {
         // release makes it serve its waiters.
         if !is_out || held.extending || held.in_doubt || reason == LossReason::Taken {
             effects.abandon(held.lease.cycle);
+        } else if !self.closed {
+            self.lost_cycles.push(held.lease.cycle);
         }
         if let Some(id) = holder.and_then(|holder| holder.waiter) {
             // The waiter has not collected its guard yet and would get a lost one. It returns to

@@ -118,6 +118,8 @@ pub(crate) struct Queue<W> {
     /// Whether remote waiters were seen during the last hold, in which case the fast path is
     /// skipped.
     remote_waiters_seen: bool,
+    /// Cycles whose lease was lost while a guard was out, which releases them when it is dropped.
+    lost_cycles: Vec<Cycle>,
     /// Set on shutdown: new waiters are refused.
     closed: bool,
     /// Set when no task can want the key any more: a lease without a guard is released at once.
@@ -143,6 +145,7 @@ impl<W> Queue<W> {
             outage: None,
             has_mixed_classes: false,
             remote_waiters_seen: false,
+            lost_cycles: Vec::new(),
             closed: false,
             keeps_nothing: false,
         }
@@ -150,7 +153,17 @@ impl<W> Queue<W> {
 
     /// Whether this queue can be discarded without losing anything.
     pub(crate) fn is_unused(&self) -> bool {
-        matches!(self.phase, Phase::Idle) && self.waiters.is_unused()
+        self.is_idle() && self.waiters.is_unused()
+    }
+
+    /// Whether nothing is left to do after a shutdown. Tasks may still collect their outcomes, but
+    /// a task that is not polled any more would keep the queue in use for ever.
+    pub(crate) fn is_over(&self) -> bool {
+        self.closed && self.is_idle() && self.waiters.is_empty()
+    }
+
+    const fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Idle) && self.lost_cycles.is_empty()
     }
 
     /// Whether the lease is ours.
@@ -285,6 +298,7 @@ impl<W> Queue<W> {
     fn enqueue_since(
         &mut self,
         since: Moment,
+        is_busy: bool,
         options: WaiterOptions,
         waker: Option<W>,
         cx: Context<'_>,
@@ -298,7 +312,6 @@ impl<W> Queue<W> {
             self.refused_by_outage(options.in_outage)
         };
         let settled = refused.is_some();
-        is_busy: bool,
         // A waiter that already has its outcome keeps no waker.
         let waker = if !settled {
             waker
@@ -406,6 +419,7 @@ impl<W> Queue<W> {
     /// not affected.
     pub(crate) fn released(&mut self, cycle: Cycle, token: FencingToken, cx: Context<'_>) -> (bool, Effects<W>) {
         let mut effects = Effects::none();
+        self.lost_cycles.retain(|&lost| lost != cycle);
         let Phase::Held(held) = &mut self.phase else {
             effects.abandon(cycle);
             return (false, effects);
@@ -418,8 +432,9 @@ impl<W> Queue<W> {
             return (false, effects);
         }
         if held.lease.loss_at(cx.now).is_some() {
-            // The lease expired unnoticed.
+            // The lease expired unnoticed. The guard is not out any more.
             self.lose(LossReason::Expired, cx, &mut effects);
+            self.lost_cycles.retain(|&lost| lost != cycle);
             effects.abandon(cycle);
             return (false, effects);
         }
@@ -447,6 +462,10 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         (self.closed, self.keeps_nothing) = (true, true);
         self.fail_all(&Outcome::Failed(Failure::Closed.into()), &mut effects);
+        // Their guards may be dropped only when nobody can release anything any more.
+        std::mem::take(&mut self.lost_cycles)
+            .into_iter()
+            .for_each(|cycle| effects.abandon(cycle));
         match &mut self.phase {
             Phase::Held(held) => {
                 if held.guard().is_some_and(|holder| holder.waiter.is_some()) {

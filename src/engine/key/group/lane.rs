@@ -126,6 +126,7 @@ impl<W> Group<W> {
             }
             None => {
                 lane.hold = None;
+                lane.queue.lost_cycles.clear();
                 effects.abandon(hold.cycle);
                 let lost: Vec<Guard> = self.guards.extract_if(.., |guard| guard.cycle == hold.cycle).collect();
                 self.lose_guards(lost, reason, effects);

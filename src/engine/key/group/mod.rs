@@ -82,8 +82,18 @@ impl<W> Group<W> {
         }
     }
 
+    /// See [`Queue::is_unused`].
     pub(super) fn is_unused(&self) -> bool {
-        self.waiters.is_unused() && self.guards.is_empty() && self.lanes.iter().all(Lane::is_unused)
+        self.is_idle() && self.waiters.is_unused()
+    }
+
+    /// See [`Queue::is_over`].
+    pub(super) fn is_over(&self) -> bool {
+        self.closed && self.is_idle() && self.waiters.is_empty()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.guards.is_empty() && self.lanes.iter().all(Lane::is_unused)
     }
 
     /// The number of leases that are ours.
@@ -191,6 +201,8 @@ impl<W> Group<W> {
             if let Some(outage) = &mut self.outage {
                 outage.note_deadline(options.in_outage, cx.now);
             }
+            // Each new task asks the store anew. A try, for example, must not wait for a renewal.
+            self.lanes.iter_mut().for_each(|lane| lane.queue.retry_extension());
             self.settle(cx, &mut effects);
         }
         // A waiter that already has its outcome keeps no waker.
@@ -201,8 +213,6 @@ impl<W> Group<W> {
         }
         (id, effects)
     }
-            // Each new task asks the store anew. A try, for example, must not wait for a renewal.
-            self.lanes.iter_mut().for_each(|lane| lane.queue.retry_extension());
 
     /// A try neither waits behind a local waiter nor passes one.
     fn is_free_for_a_try(&self, mode: LockMode, cx: Context<'_>) -> bool {

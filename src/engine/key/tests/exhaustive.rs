@@ -509,10 +509,11 @@ impl Small {
             !lost
         });
         assert!(valid.count() <= 1, "two guards");
-        assert_eq!(
-            queue.is_unused(),
-            matches!(phase, Phase::Idle) && self.waiting == [None; 2]
-        );
+        let is_out = |lost: &Cycle| self.guards.iter().flatten().any(|guard| guard.lease.cycle == *lost);
+        assert!(queue.lost_cycles.iter().all(is_out), "its guard has been dropped");
+        let is_idle = matches!(phase, Phase::Idle) && queue.lost_cycles.is_empty();
+        assert_eq!(queue.is_unused(), is_idle && self.waiting == [None; 2]);
+        assert_eq!(queue.is_over(), is_idle && self.closed && in_line == 0);
         if queue.lingers_until().is_some() {
             assert!(in_line == 0 && !self.closed, "a lingering lease goes to a waiter");
             assert!(

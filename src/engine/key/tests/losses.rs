@@ -401,6 +401,46 @@ fn task_that_arrives_just_after_a_shutdown_is_woken_and_refused() {
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if error.kind() == LockErrorKind::Closed));
 }
 
+/// Regression: the key was forgotten when its lease was lost, although its guard was still out.
+#[test]
+fn a_shutdown_releases_the_lease_of_a_lost_guard_that_is_still_out() {
+    for is_dropped in [false, true] {
+        let mut bench = Bench::new();
+        let max_hold = Some(ms(50));
+        let (id, seen) = bench.enqueue_as(0, WaiterOptions { max_hold, ..OPTIONS });
+        let cycle = seen.acquires().0;
+        bench.reply(cycle, granted(1, 1));
+        let guard = bench.guard(id);
+        bench.pass(ms(50));
+        let seen = bench.tick();
+        assert_eq!((seen.lost, seen.abandoned), (Some(LossReason::MaxHold), vec![]));
+        assert!(!bench.queue.is_unused(), "the guard has to release the lease");
+        let released = if is_dropped {
+            bench.release(&guard).1.abandoned
+        } else {
+            bench.close().abandoned
+        };
+        assert_eq!(released, [cycle]);
+        assert!(bench.queue.is_unused());
+        assert_eq!(bench.close().abandoned, [], "it was released before");
+    }
+}
+
+/// Its task may have stopped polling it, and drop it only after the shutdown.
+#[test]
+fn outcome_that_nobody_collected_keeps_no_closed_key() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    let (id, _) = bench.enqueue(1);
+    let sent = bench.close();
+    assert!(!bench.queue.is_over());
+    bench.reply_to_release(sent.releases().0, None);
+    assert!(bench.queue.is_over() && !bench.queue.is_unused());
+    assert!(matches!(bench.collect(id), Some(Outcome::Failed(_))));
+    assert!(bench.queue.is_unused());
+    assert_eq!(guard.lease.loss(), Some(LossReason::Closed));
+}
+
 #[test]
 fn a_shutdown_while_the_lease_is_extended_releases_it_in_the_background() {
     let mut bench = Bench::new();
