@@ -292,7 +292,25 @@ impl fmt::Debug for LockGuard {
 
 #[cfg(test)]
 mod tests {
-    use crate::LockManager;
+    use std::time::Duration;
+
+    use crate::{LockManager, LossReason};
+
+    /// Regression: the watchdog learned of it at the next renewal, here after a minute.
+    #[tokio::test]
+    async fn max_hold_of_a_guard_that_joins_ends_in_time() {
+        let connecting = LockManager::builder()
+            .shard("memory://")
+            .ttl(Duration::from_secs(600))
+            .connect();
+        let locks = connecting.await.unwrap();
+        let first = locks.lock("k").shared().await.unwrap();
+        let joining = locks.lock("k").shared().max_hold(Duration::from_millis(20));
+        let joined = joining.await.unwrap();
+        let lost = tokio::time::timeout(Duration::from_secs(20), joined.lost()).await;
+        assert_eq!(lost, Ok(LossReason::MaxHold));
+        assert!(first.is_valid());
+    }
 
     /// While one guard stays, others come and go for as long as the process lives.
     #[tokio::test]

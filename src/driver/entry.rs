@@ -203,8 +203,9 @@ impl Entry {
         let before = Counted::of(&state.queue);
         let (id, mut effects) = state.queue.enqueue(options, Some(waker), cx);
         let is_settled = state.queue.is_settled(id);
-        // Without a lingering lease or an outage, a new waiter changes no deadline.
-        let is_due = before.is_evictable || state.queue.outage().is_some();
+        // Without a lingering lease or an outage, a new waiter for an exclusive lock changes no
+        // deadline. One that joins other guards may have a `max_hold` of its own.
+        let is_due = !state.queue.is_exclusive() || before.is_evictable || state.queue.outage().is_some();
         let deadline = is_due.then(|| state.queue.next_deadline()).flatten();
         let after = Counted::of(&state.queue);
         self.count(before, after);
