@@ -111,8 +111,7 @@ async fn run(
     let mut leaving = false;
     loop {
         let ending = leaving || !closing.is_empty();
-        let is_idle = || manager.usage.has_no_pending_releases() && shards.iter().all(|shard| shard.is_idle());
-        if ending && work.is_empty() && jobs.is_empty() && is_idle() {
+        if ending && work.is_empty() && is_idle(&manager, &shards, &jobs) {
             settle(&shards).await;
             // There may be no further flush.
             reporter::flush(&manager.metrics, &shards);
@@ -152,6 +151,15 @@ async fn run(
             Some(ended) = services.join_next(), if !services.is_empty() => check(ended, &manager, &shards),
         }
     }
+}
+
+/// Whether nothing is left to do.
+///
+/// A lease whose key leaves the table is first counted as a pending release, and the job that
+/// releases it is sent in between. So they are checked in the opposite order: what leaves one place
+/// during the check is found in the next.
+fn is_idle(manager: &ManagerContext, shards: &[Arc<Shard>], jobs: &mpsc::UnboundedReceiver<Job>) -> bool {
+    shards.iter().all(|shard| shard.is_idle()) && manager.usage.has_no_pending_releases() && jobs.is_empty()
 }
 
 /// Checks whether the application's runtime is making progress, and moves work away from it if not.
