@@ -25,6 +25,11 @@ impl LateRequests {
             // This includes cycles opened since the cut, which is harmless.
             self.newest_at_cut = (cut, newest());
         }
+        self.has_included(cycle)
+    }
+
+    /// Whether [`may_include`](Self::may_include) was true for that cycle, or could have been.
+    pub(crate) const fn has_included(&self, cycle: Cycle) -> bool {
         cycle.number() <= self.newest_at_cut.1
     }
 }
@@ -95,6 +100,17 @@ impl<T> Rechecks<T> {
         true
     }
 
+    /// Whether one of those is due.
+    pub(crate) fn has_due(&self, now: Moment, is_one: impl Fn(&T) -> bool) -> bool {
+        let mut due = self.waiting.iter().take_while(|recheck| recheck.due <= now);
+        due.any(|recheck| is_one(&recheck.release))
+    }
+
+    /// Forgets those.
+    pub(crate) fn forget(&mut self, is_one: impl Fn(&T) -> bool) {
+        self.waiting.retain(|recheck| !is_one(&recheck.release));
+    }
+
     pub(crate) fn remove_first(&mut self) -> Option<T> {
         self.waiting.pop_front().map(|first| first.release)
     }
@@ -150,5 +166,20 @@ mod tests {
             (None, Some(&"one"))
         );
         assert!(!rechecks.postpone_first(later, Some(later)), "only once");
+    }
+
+    #[test]
+    fn recheck_can_be_looked_up_and_forgotten() {
+        let mut rechecks = Rechecks::new(LATE_MAX);
+        rechecks.add("one", at(0));
+        rechecks.add("other", at(5));
+        let (due, later) = (at(0) + LATE_MAX, at(5) + LATE_MAX);
+        let has_due =
+            |rechecks: &Rechecks<_>, now| ["one", "other"].map(|name| rechecks.has_due(now, |it| *it == name));
+        assert_eq!(has_due(&rechecks, at(10)), [false, false]);
+        assert_eq!(has_due(&rechecks, due), [true, false]);
+        assert_eq!(has_due(&rechecks, later), [true, true]);
+        rechecks.forget(|it| *it == "one");
+        assert_eq!(has_due(&rechecks, later), [false, true]);
     }
 }

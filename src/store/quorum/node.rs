@@ -164,10 +164,25 @@ impl Node {
         self.pending_releases.lock().remove(&release.cycle);
     }
 
-    /// Whether a release of that cycle is pending. Until it is answered, what the node replies
-    /// about the cycle does not count.
+    /// Whether a release of that cycle is pending, or due to be repeated. Until it is answered, what
+    /// the node replies about the cycle does not count.
     pub(super) fn has_pending_release(&self, cycle: Cycle) -> bool {
-        self.pending_releases.lock().contains_key(&cycle)
+        let is_repeated = || {
+            let late = self.late_claims.lock();
+            let is_of_cycle = |repeat: &Repeat| repeat.release.cycle == cycle;
+            late.requests.has_included(cycle) && late.releases.has_due(Moment::now(), is_of_cycle)
+        };
+        self.pending_releases.lock().contains_key(&cycle) || is_repeated()
+    }
+
+    /// The node is about to be asked for a lease of that cycle. A release of the same cycle that
+    /// followed an earlier attempt must not be repeated any more: it would end this lease. When the
+    /// cycle is over, its release is repeated if that is still necessary.
+    pub(super) fn forget_repeats(&self, cycle: Cycle) {
+        let mut late = self.late_claims.lock();
+        if late.requests.has_included(cycle) {
+            late.releases.forget(|repeat| repeat.release.cycle == cycle);
+        }
     }
 
     /// That release was answered. If a connection was abandoned recently, a claim of the cycle may

@@ -130,9 +130,10 @@ pub(super) async fn renew(
 fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
     let (quorum, node, renewal) = (Arc::clone(quorum), Arc::clone(node), renewal.clone());
     drop(tokio::spawn(async move {
-        if !quorum.holds(renewal.cycle) {
+        if !quorum.holds(renewal.cycle) || node.has_pending_release(renewal.cycle) {
             return;
         }
+        node.forget_repeats(renewal.cycle);
         let claim = Claim {
             key: renewal.key.clone(),
             cycle: renewal.cycle,

@@ -105,6 +105,28 @@ async fn release_is_repeated_until_the_node_has_executed_it_or_its_lease_has_run
     assert!(node.due_repeat(left.end).is_none());
 }
 
+/// Regression: after an attempt that lost its vote, the same cycle won the next one. The release
+/// that followed the first attempt was repeated and ended the lease of the holder.
+#[tokio::test]
+async fn release_is_not_repeated_once_its_cycle_is_acquired_again() {
+    let bench = Bench::new().await;
+    let now = Moment::now();
+    for node in &bench.nodes {
+        node.store.leave_callers();
+        node.released(&release(2), 2, TTL * 100, now);
+        // Opens new connections, with which the node loses its vote.
+        node.store.ping_callers().await.unwrap();
+    }
+    bench.set_votes(&[0, 1, 2], true);
+    bench.hold(2).await;
+    for node in &bench.nodes {
+        // Long after the connections were given up, so it is not postponed.
+        repair::repeat_releases(&bench.store.quorum, node, now + 3 * LATE_MAX).await;
+    }
+    let held = (0..bench.nodes.len()).filter(|&node| bench.owner(node) == bench.owner_tag(2));
+    assert!(held.count() >= 2, "the lease has no majority");
+}
+
 #[tokio::test]
 async fn nodes_that_are_down_are_probed_until_they_answer() {
     let bench = Bench::new().await;
