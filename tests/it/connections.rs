@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockManager, LossReason};
 use support::proxy::Proxy;
-use support::{ClientType, RedisServer, worker};
+use support::{ClientType, PATIENCE, RedisServer, worker};
 use support_locks::{
-    Kind, Measured, TestStore, builder_of, hand_off, lock, lock_keys, on_each_store, poll_once, soon, until,
-    until_queued,
+    Kind, Measured, STORE_TIMEOUT, TestStore, builder_of, hand_off, lock, lock_keys, on_each_store, poll_once, soon,
+    until, until_queued,
 };
 use tokio::task::JoinSet;
 
@@ -519,6 +519,19 @@ async fn a_lease_outlives_connections_that_fall_silent() {
             guard.release().await.expect("on a new connection");
         }
     }
+}
+
+/// Regression: the request was sent again and again on the same connection, until its own timeout.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiting_request_leaves_a_silent_connection() {
+    let server = RedisServer::start();
+    let proxy = Proxy::start(server.address());
+    let locks = LockManager::builder().shard(proxy.url()).store_timeout(STORE_TIMEOUT);
+    let locks = locks.connect().await.expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+    proxy.silence();
+    let guard = locks.lock("k").timeout(PATIENCE).await.expect("lock");
+    guard.release().await.expect("release");
 }
 
 /// The server executes requests, but its replies arrive late or never.

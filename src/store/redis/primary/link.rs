@@ -12,6 +12,7 @@ use super::super::connection::{Driver, InFlightGuard};
 use super::Shared;
 use super::dial::{Dialer, Opened};
 use super::known_inbox::KnownInbox;
+use crate::clock::Moment;
 use crate::store::StoreError;
 use crate::store::connecting::Connecting;
 
@@ -46,6 +47,32 @@ pub(super) struct Live {
     pub(super) known_inbox: Arc<KnownInbox>,
 }
 
+/// A request without a reply. If its sender gives up after at least half of its time, the
+/// connection is considered broken, and the next request uses another one: a proxy that has
+/// forgotten a connection may still acknowledge all data.
+#[must_use = "a request that is dropped before its reply says something about the connection"]
+pub(super) struct Unanswered<'a> {
+    link: &'a Link,
+    generation: u64,
+    sent_at: Moment,
+    is_answered: bool,
+}
+
+impl Unanswered<'_> {
+    /// There is a reply, or an error that says what is wrong with the connection.
+    pub(super) const fn answered(&mut self) {
+        self.is_answered = true;
+    }
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if !self.is_answered && Moment::now().since(self.sent_at) >= self.link.dialer.shared.patience() {
+            self.link.give_up_generation(self.generation);
+        }
+    }
+}
+
 impl Link {
     pub(super) fn new(shared: &Arc<Shared>, purpose: Purpose) -> Self {
         Self {
@@ -59,6 +86,16 @@ impl Link {
     /// Counts a request as in flight until the returned guard is dropped.
     pub(super) fn enter(&self) -> InFlightGuard {
         self.dialer.enter()
+    }
+
+    /// A request is about to be sent on this connection.
+    pub(super) const fn unanswered(&self, live: &Live, sent_at: Moment) -> Unanswered<'_> {
+        Unanswered {
+            link: self,
+            generation: live.generation,
+            sent_at,
+            is_answered: false,
+        }
     }
 
     /// Returns the connection, opening one if necessary.
@@ -132,7 +169,11 @@ impl Link {
 
     /// Abandons this connection, if it is still the current one.
     pub(super) fn broken(&self, broken: &Live) {
-        self.give_up(|current| current.live.generation == broken.generation);
+        self.give_up_generation(broken.generation);
+    }
+
+    fn give_up_generation(&self, generation: u64) -> Option<Current> {
+        self.give_up(|current| current.live.generation == generation)
     }
 
     /// Abandons and closes the current connection if `is_meant` holds for it.
@@ -155,7 +196,7 @@ impl Link {
         if !is_demotion && !error.is_unrecoverable_error() {
             return false;
         }
-        let ended = self.give_up(|current| current.live.generation == live.generation);
+        let ended = self.give_up_generation(live.generation);
         if let Some(ended) = ended.filter(|_| is_demotion) {
             shared.leave_server(&ended.place, ended.era);
         }

@@ -272,8 +272,8 @@ impl Shared {
     /// How long a release waits for its reply: half of its time limit. A connection that is silent
     /// for longer is considered broken, so the release is resent on another one. The client library
     /// may write a request to a connection that closes at the same moment, and then wait forever.
-    /// An acquire is not resent: if it was executed and only its reply is missing, the release that
-    /// undoes it is sent the same way.
+    /// An acquire is not resent, but it leaves such a connection when its sender gives up
+    /// ([`Unanswered`](link::Unanswered)).
     fn patience(&self) -> Duration {
         self.timeout / 2
     }
@@ -345,7 +345,9 @@ impl LeaseStore for RedisStore {
                 let mut live = link.get().await?;
                 let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
+                let mut unanswered = link.unanswered(&live, sent_at);
                 let asked = shared.send_acquire(&mut live, &request, slot, floor).await;
+                unanswered.answered();
                 match asked {
                     // Replies of a server that has been replaced meanwhile must be discarded.
                     Ok(_) if shared.switches() != live.switches => attempts.was_discarded(None)?,
@@ -446,8 +448,10 @@ impl LeaseStore for RedisStore {
             let _in_flight = link.enter();
             let mut live = link.get().await?;
             let floor = shared.token_floor.of(slot);
+            let mut unanswered = link.unanswered(&live, Moment::now());
             // Not repeated: after a failure the caller reads the key again.
             let sent = shared.send_break(&mut live, &key, &owner, tokens, floor).await;
+            unanswered.answered();
             let value = sent.map_err(|error| {
                 link.close_if_broken(&error, &live);
                 shared.discovery.to_store_error(&error)
