@@ -135,10 +135,21 @@ async fn read_owner(shared: &Shared, link: &Link, leaving: &EtcdContender) -> Re
     Ok(first(&found))
 }
 
-/// Leaves the queue.
+/// Leaves the queue. Revokes the leases of the cycle only after a reply: without one, the cycle is
+/// sent again under the same lease, or released.
 pub(super) async fn withdraw(shared: &Shared, link: &Link, leaving: &EtcdContender) -> Result<(), EtcdError> {
-    let mut end = RevokeAtTheEnd::begin(shared, leaving.cycle);
-    leave(shared, link, leaving, &mut end).await.map(drop)
+    let mut end = RevokeAtTheEnd {
+        shared,
+        leases: Vec::new(),
+        owned: None,
+    };
+    leave(shared, link, leaving, &mut end).await?;
+    shared.waits.remove(leaving.cycle);
+    let closed = shared.cycles.close(leaving.cycle);
+    end.leases
+        .retain(|lease| closed.iter().all(|closed| closed.id != lease.id));
+    end.leases.extend(closed);
+    Ok(())
 }
 
 async fn leave(

@@ -4,6 +4,7 @@
 mod deposed;
 mod modes;
 
+use futures_util::FutureExt;
 use support::etcd::{Etcd, LEASE_MIN};
 use support::proxy::Proxy;
 use tokio::sync::mpsc;
@@ -396,4 +397,17 @@ async fn retirement_whose_reply_is_lost_is_no_loss() {
     let answer = released.await.unwrap().unwrap();
     assert!(answer.reply.held);
     assert!(proxy.connections() > opened, "the reply was not lost");
+}
+
+/// Regression: the lease was revoked, although the cycle is then sent again under it.
+#[tokio::test]
+async fn withdrawal_without_a_reply_revokes_nothing() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let leaving = acquire::EtcdContender::new(&store.shared, &bench.key, Cycle::of(2), TTL, 10);
+    let withdrawing = release::withdraw(&store.shared, &store.callers[0], &leaving);
+    assert!(withdrawing.now_or_never().is_none(), "it waits for the reply");
+    store.drain().await.unwrap();
+    assert_eq!(bench.etcd.leases().await, 1);
 }
