@@ -59,7 +59,7 @@ pub(super) struct Link {
     given_up: Notify,
     connecting: Connecting<Live>,
     /// A permit for each request that may be in flight.
-    request_slots: Semaphore,
+    pub(super) request_slots: Semaphore,
 }
 
 /// A connection, identified by its generation.
@@ -74,7 +74,7 @@ pub(super) struct Live {
 
 /// How many requests may be in flight on a connection. Each takes 40 KB of memory until it is
 /// answered, and etcd does not answer faster if there are more.
-const IN_FLIGHT_MAX: usize = 1_000;
+pub(super) const IN_FLIGHT_MAX: usize = 1_000;
 /// The first and the longest pause before a request is sent again.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
@@ -289,22 +289,28 @@ impl Link {
                         link: self,
                         live: &live,
                         since: Moment::now(),
-                        answered: false,
+                        is_unanswered: false,
                     };
                     let reply = tokio::time::timeout(self.servers.attempt_max(), async {
                         // The semaphore is never closed.
                         let _slot = self.request_slots.acquire().await;
+                        pending.is_unanswered = true;
                         // On the heap, and only now, because it is large.
                         Box::pin(send(live.client.clone())).await
                     });
                     let reply = reply.await;
-                    pending.answered = true;
+                    let was_sent = std::mem::take(&mut pending.is_unanswered);
                     match reply {
                         Err(_) => {
-                            repeated = true;
-                            self.broken(&live);
                             let address = &self.servers.addresses[live.index];
-                            EtcdError::Other(StoreError::Unavailable(format!("{address}: no answer").into()))
+                            let why = if was_sent {
+                                repeated = true;
+                                self.broken(&live);
+                                format!("{address}: no answer")
+                            } else {
+                                format!("{address}: {IN_FLIGHT_MAX} requests are in flight, which is the limit")
+                            };
+                            EtcdError::Other(StoreError::Unavailable(why.into()))
                         }
                         Ok(Ok(reply)) => return Ok((reply, repeated)),
                         Ok(Err(error)) => {
@@ -335,18 +341,18 @@ impl Link {
     }
 }
 
-/// A request in flight. If its sender gives up after at least half of its time, the server hangs or
-/// is cut off: the next request goes to another.
+/// A request. If its sender gives up after at least half of its time, and the request was sent, the
+/// server hangs or is cut off: the next request goes to another.
 struct Pending<'a> {
     link: &'a Link,
     live: &'a Live,
     since: Moment,
-    answered: bool,
+    is_unanswered: bool,
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        if !self.answered && Moment::now().since(self.since) * 2 >= self.link.servers.timeout {
+        if self.is_unanswered && Moment::now().since(self.since) * 2 >= self.link.servers.timeout {
             self.link.broken(self.live);
         }
     }

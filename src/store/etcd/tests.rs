@@ -411,3 +411,25 @@ async fn withdrawal_without_a_reply_revokes_nothing() {
     store.drain().await.unwrap();
     assert_eq!(bench.etcd.leases().await, 1);
 }
+
+/// Regression: the connection was abandoned, and the request counted as sent.
+#[tokio::test]
+async fn request_that_waits_for_its_turn_abandons_no_connection() {
+    let bench = Bench::new().await;
+    let proxy = Proxy::start(bench.etcd.place(0));
+    let (store, _pushes) = Bench::store_at(proxy.address(), 1, Duration::from_secs(2));
+    bench.join(&store, 2).await;
+    let link = store.link(Priority::Foreground, bench.key.slot());
+    let all = link
+        .request_slots
+        .acquire_many(link::IN_FLIGHT_MAX as u32)
+        .await
+        .unwrap();
+    let before = proxy.connections();
+    let failed = store.acquire(bench.acquire(4, AcquireKind::Enqueue, TTL)).await;
+    let failed = failed.map(drop).expect_err("there is no room for it").to_string();
+    assert!(failed.contains("requests are in flight"), "{failed}");
+    drop(all);
+    assert!(matches!(bench.join(&store, 4).await, AcquireReply::Queued(_)));
+    assert_eq!(proxy.connections(), before);
+}
