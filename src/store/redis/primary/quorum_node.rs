@@ -55,7 +55,7 @@ impl RedisStore {
                 match claimed {
                     Ok(value) => {
                         return match ints(&value).as_deref() {
-                            Some([0, ..]) => Ok(Claimed::Refused),
+                            Some([0]) => Ok(Claimed::Refused),
                             Some(&[1, counter]) => Ok(Claimed::Ours {
                                 counter: counter.try_into().unwrap_or_default(),
                             }),

@@ -3,10 +3,10 @@
 --
 -- KEYS: 1 lease, 2 counter of the slot.
 -- ARGV: 1 owner tag, 2 TTL in ms, 3 minimum value for the counter, 4 floor, 5 'take' or 'extend'.
--- Replies: {0, owner's TTL} not ours | {1, the counter before it was raised to the minimum}
+-- Replies: {0} not ours | {1, the counter before it was raised to the minimum}
 local owner = redis.call('GET', KEYS[1])
 if owner ~= ARGV[1] and (owner or ARGV[5] == 'extend') then
-  return {0, redis.call('PTTL', KEYS[1])}
+  return {0}
 end
 if not owner then
   redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
