@@ -49,9 +49,14 @@ impl ShardMap {
         self.names.get(self.index(slot)).map(String::as_str)
     }
 
-    /// Returns the slots of the shard with this index.
+    /// Returns the slots of the shard with this index, or `None` if there are not so many shards.
     #[must_use]
-    pub fn slots(&self, index: usize) -> RangeInclusive<u16> {
+    pub fn slots(&self, index: usize) -> Option<RangeInclusive<u16>> {
+        (index < self.len()).then(|| self.slots_of(index))
+    }
+
+    /// The same, for a shard that exists.
+    fn slots_of(&self, index: usize) -> RangeInclusive<u16> {
         let first = |index: usize| (index * usize::from(SLOTS)).div_ceil(self.len().max(1)) as u16;
         first(index)..=(first(index + 1) - 1)
     }
@@ -132,7 +137,7 @@ pub(crate) const fn shard_index(slot: Slot, shards: usize) -> usize {
 impl fmt::Display for ShardMap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, name) in self.names.iter().enumerate() {
-            let slots = self.slots(index);
+            let slots = self.slots_of(index);
             let comma = if index == 0 { "" } else { "," };
             write!(f, "{comma}{name}:{}-{}", slots.start(), slots.end())?;
         }
@@ -204,14 +209,15 @@ mod tests {
         #[test]
         fn every_slot_has_the_one_shard_whose_range_it_is_in(count in 1usize..=1024, key in ".{1,8}") {
             let (map, slot) = (map(count), Slot::of(key.as_bytes()));
-            let containing: Vec<usize> = (0..count).filter(|&index| map.slots(index).contains(&slot.number())).collect();
+            let containing: Vec<usize> = (0..count).filter(|&index| map.slots_of(index).contains(&slot.number())).collect();
             prop_assert_eq!(containing, [map.index(slot)]);
+            prop_assert!(map.slots(count - 1).is_some() && map.slots(count).is_none());
         }
 
         #[test]
         fn ranges_are_even(count in 1usize..=1024) {
             let map = map(count);
-            let sizes: Vec<usize> = (0..count).map(|index| map.slots(index).len()).collect();
+            let sizes: Vec<usize> = (0..count).map(|index| map.slots_of(index).len()).collect();
             prop_assert_eq!(sizes.iter().sum::<usize>(), usize::from(SLOTS));
             prop_assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1);
         }

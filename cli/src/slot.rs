@@ -26,7 +26,7 @@ pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     let slot = key.slot();
     let config = args.shards.load()?;
     let map = config.shard_map();
-    let owner = map.name(slot).map(|name| (name, map.slots(map.index(slot))));
+    let owner = map.name(slot).zip(map.slots(map.index(slot)));
     let json = json!({
         "key": key.as_str(),
         "slot": slot.number(),
