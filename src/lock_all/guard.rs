@@ -1,6 +1,7 @@
 //! The guard of locks on several keys.
 
 use std::fmt;
+use std::pin::Pin;
 use std::time::Duration;
 
 use futures_util::future::{join_all, select_all};
@@ -75,18 +76,16 @@ impl LockAllGuard {
     /// Waits until one of the locks is lost, and returns which one and why. Does not complete while
     /// all of them are held; completes immediately if one is already lost.
     ///
+    /// The future does not borrow the guard, so another task can wait for the loss. See
+    /// [`LockGuard::lost`].
+    ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If the future is dropped, it can be called again without missing
     /// a loss.
-    pub async fn lost(&self) -> LostKey {
-        let (index, reason) = first_loss(&self.guards).await;
-        let guard = &self.guards[index];
-        LostKey {
-            key: guard.key().to_owned(),
-            token: guard.token(),
-            reason,
-        }
+    pub fn lost(&self) -> impl Future<Output = LostKey> + Send + use<> {
+        let losses: Vec<_> = self.guards.iter().map(loss_of).collect();
+        async move { select_all(losses).await.0 }
     }
 
     /// Releases all the locks, at the same time. Returns once the servers have confirmed the
@@ -141,6 +140,15 @@ impl fmt::Display for LostKey {
         let Self { key, token, reason } = self;
         write!(f, "lock {key:?} (token {token}) was lost: {reason}")
     }
+}
+
+/// Waits until this lock is lost.
+fn loss_of(guard: &LockGuard) -> Pin<Box<dyn Future<Output = LostKey> + Send>> {
+    let (key, token, lost) = (guard.key().to_owned(), guard.token(), guard.lost());
+    Box::pin(async move {
+        let reason = lost.await;
+        LostKey { key, token, reason }
+    })
 }
 
 /// Waits until one of the locks is lost, and returns its index and the reason. Does not complete if
