@@ -54,7 +54,7 @@ fn main() {
         return;
     }
     println!(
-        "from letting go in one process to having it in another, p50 and p99 of {TURNS} turns of {TURN:?} each; held for {HOLD:?}:"
+        "from the release in one process to the guard in another, p50 and p99 of {TURNS} turns of {TURN:?} each; held for {HOLD:?}:"
     );
     println!(
         "  {:>9}{:>30}{:>30}{:>16}",

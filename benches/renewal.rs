@@ -116,7 +116,7 @@ async fn stop_one_of_three(count: usize) {
         format!("{} of {}", lost.len(), lost.len() + held.len())
     };
     println!(
-        "{count} leases on three servers, one of which stands still for {STOPPED_FOR:?}: lost on it {}, on the other two {}",
+        "{count} leases on three servers, one of which is stopped for {STOPPED_FOR:?}: leases lost on it {}, on the other two {}",
         lost(true),
         lost(false)
     );

@@ -683,8 +683,8 @@ AGENTS = Row(
         ),
         Panel(
             "Agent connections refused or malformed",
-            "refused: there were as many as --max-connections. malformed: something that is no "
-            "client connects, or a library has a bug. too_long: a request above "
+            "refused: there were as many as --max-connections. malformed: something other than "
+            "a client connects, or a library has a bug. too_long: a request above "
             "--max-request-bytes. The agent's log has the process.",
             [
                 (total(increase("shardlock_agent_connections_refused_total", PROCESS)), "refused"),

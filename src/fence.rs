@@ -142,7 +142,7 @@ pub struct TokenRangeError(TokenRange);
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum TokenRange {
-    #[error("{0} is no fencing token; fencing tokens are at least 1")]
+    #[error("{0} is not a fencing token; fencing tokens are 1 or larger")]
     TooSmall(i64),
     #[error(
         "the fencing token {0} does not fit into an i64, whose maximum is {max}; store it as text or as a decimal number",
@@ -258,7 +258,7 @@ mod tests {
             let error = FencingToken::try_from(number).unwrap_err();
             assert_eq!(
                 error.to_string(),
-                format!("{number} is no fencing token; fencing tokens are at least 1")
+                format!("{number} is not a fencing token; fencing tokens are 1 or larger")
             );
         }
         let beyond = FencingToken::new(1 << 63).unwrap();

@@ -39,7 +39,7 @@ impl Foreign {
             return;
         }
         let name = self.name;
-        let log = || tracing::error!("{name} panicked; locks are not affected; further panics of it are not logged");
+        let log = || tracing::error!("{name} panicked; locks are not affected; its further panics are not logged");
         // A panic of the subscriber has already been printed by the panic hook.
         catch_unwind(log).ok();
     }

@@ -34,7 +34,7 @@ pub fn must_be_escaped(char: char) -> bool {
         )
 }
 
-/// The beginning of the text, of at most so many bytes.
+/// The longest prefix of at most `bytes_max` bytes that ends between characters.
 pub(crate) fn shortened(text: &str, bytes_max: usize) -> &str {
     let end = (0..=bytes_max.min(text.len()))
         .rev()

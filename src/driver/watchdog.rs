@@ -1,5 +1,5 @@
-//! The watchdog of a shard: renews held leases, reports lost ones, and rechecks waiters that are
-//! due.
+//! The watchdog of a shard: renews held leases, reports lost ones, and sends the acquires of queued
+//! cycles again when they are due.
 //!
 //! # Implementation details
 //!

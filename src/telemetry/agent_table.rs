@@ -22,15 +22,15 @@ metric_table! {
         "growing: workers get no locks; see shardlock_agent_connections";
     /// Requests, by command.
     AGENT_REQUESTS = "shardlock_agent_requests_total", Counter, Count, ["command"],
-        "requests of clients by command, in lower case, including those that were refused; unknown for all that are \
-         no command of the agent",
+        "requests of clients by command, in lower case, including those that were refused; unknown for names that \
+         are not commands of the agent",
         "many held per lock: clients ask for the validity more often than they need to; unknown: a client takes the \
          agent for a Redis server";
     /// Requests after which a connection was closed.
     PROTOCOL_ERRORS = "shardlock_agent_protocol_errors_total", Counter, Count, ["kind"],
         "connections that were closed because of what the client sent: malformed (not a request) or too_long (more \
          than --max-request-bytes)",
-        "malformed: something that is no client connects, or a client library has a bug; too_long: raise \
+        "malformed: something other than a client connects, or a client library has a bug; too_long: raise \
          --max-request-bytes if keys and options are as long as that; the log has the process";
     /// Locks that clients hold.
     AGENT_LOCKS = "shardlock_agent_locks", Gauge, Count, [],

@@ -1,4 +1,4 @@
-//! Timers: expiry, renewals, and rechecks while queued.
+//! Timers: expiry, renewals, and retries while queued.
 
 use std::time::Duration;
 

@@ -117,5 +117,8 @@ pub(super) fn is_late(sent_at: Moment, ttl: Duration) -> bool {
 }
 
 pub(super) fn too_late(ttl: Duration) -> StoreError {
-    StoreError::Unavailable(format!("a majority took so long that nothing of the ttl {ttl:?} is left").into())
+    StoreError::Unavailable(
+        format!("a majority answered only after the ttl ({ttl:?}) had passed; raise the ttl, or check the nodes")
+            .into(),
+    )
 }

@@ -21,7 +21,7 @@ async fn token_is_a_bigint_in_queries() {
     assert!(row.get::<FencingToken, _>("next") > token);
     assert_eq!(row.get::<Option<FencingToken>, _>("none"), None);
     let error = row.try_get::<FencingToken, _>("zero").expect_err("no token is 0");
-    assert!(error.to_string().contains("0 is no fencing token"), "{error}");
+    assert!(error.to_string().contains("0 is not a fencing token"), "{error}");
 
     let query = sqlx::query_scalar("SELECT $1::bigint IS NULL");
     let is_null: bool = query

@@ -150,7 +150,7 @@ impl NodePool {
                     let sent_at = Moment::now();
                     if sent_at >= deadline {
                         let limit = shared.timeout;
-                        let error = format!("{place}: no time of store_timeout ({limit:?}) was left for this step");
+                        let error = format!("{place}: store_timeout ({limit:?}) passed before this step could be sent");
                         return Err(CallError::Failed(StoreError::Unavailable(error.into())));
                     }
                     let patience = match call.deadline {
