@@ -36,21 +36,21 @@ impl LateRequests {
 
 /// Releases that are due once more. `T` is what is released.
 #[derive(Debug)]
-pub(crate) struct Rechecks<T> {
+pub(crate) struct SecondReleases<T> {
     /// How long after its connection was given up a request may still be executed.
     late_max: Duration,
     /// Ordered by due time.
-    waiting: VecDeque<Recheck<T>>,
+    waiting: VecDeque<SecondRelease<T>>,
 }
 
 #[derive(Debug)]
-struct Recheck<T> {
+struct SecondRelease<T> {
     due: Moment,
     is_postponed: bool,
     release: T,
 }
 
-impl<T> Rechecks<T> {
+impl<T> SecondReleases<T> {
     pub(crate) const fn new(late_max: Duration) -> Self {
         Self {
             late_max,
@@ -64,7 +64,7 @@ impl<T> Rechecks<T> {
 
     /// Adds a release, due when no request of its cycle can arrive any more.
     pub(crate) fn add(&mut self, release: T, now: Moment) {
-        self.waiting.push_back(Recheck {
+        self.waiting.push_back(SecondRelease {
             due: now + self.late_max,
             is_postponed: false,
             release,
@@ -73,7 +73,7 @@ impl<T> Rechecks<T> {
 
     /// When the first one is due.
     pub(crate) fn next_due(&self) -> Option<Moment> {
-        self.waiting.front().map(|recheck| recheck.due)
+        self.waiting.front().map(|second| second.due)
     }
 
     /// The first one, if it is due. It stays first until it is postponed or removed.
@@ -86,12 +86,12 @@ impl<T> Rechecks<T> {
     /// been given up only after the release was answered. Each is postponed once at most. Returns
     /// whether it was.
     pub(crate) fn postpone_first(&mut self, now: Moment, last_cut: Option<Moment>) -> bool {
-        let must_wait = |first: &Recheck<T>| !first.is_postponed && was_cut_lately(now, last_cut, self.late_max);
+        let must_wait = |first: &SecondRelease<T>| !first.is_postponed && was_cut_lately(now, last_cut, self.late_max);
         if !self.waiting.front().is_some_and(must_wait) {
             return false;
         }
         if let Some(first) = self.waiting.pop_front() {
-            self.waiting.push_back(Recheck {
+            self.waiting.push_back(SecondRelease {
                 due: now + self.late_max,
                 is_postponed: true,
                 ..first
@@ -102,13 +102,13 @@ impl<T> Rechecks<T> {
 
     /// Whether one of those is due.
     pub(crate) fn has_due(&self, now: Moment, is_one: impl Fn(&T) -> bool) -> bool {
-        let mut due = self.waiting.iter().take_while(|recheck| recheck.due <= now);
-        due.any(|recheck| is_one(&recheck.release))
+        let mut due = self.waiting.iter().take_while(|second| second.due <= now);
+        due.any(|second| is_one(&second.release))
     }
 
     /// Forgets those.
     pub(crate) fn forget(&mut self, is_one: impl Fn(&T) -> bool) {
-        self.waiting.retain(|recheck| !is_one(&recheck.release));
+        self.waiting.retain(|second| !is_one(&second.release));
     }
 
     pub(crate) fn remove_first(&mut self) -> Option<T> {
@@ -144,42 +144,46 @@ mod tests {
     }
 
     #[test]
-    fn recheck_is_due_when_nothing_can_arrive_and_postponed_once() {
-        let mut rechecks = Rechecks::new(LATE_MAX);
-        rechecks.add("one", at(0));
-        rechecks.add("other", at(5));
+    fn second_release_is_due_when_nothing_can_arrive_and_postponed_once() {
+        let mut second_releases = SecondReleases::new(LATE_MAX);
+        second_releases.add("one", at(0));
+        second_releases.add("other", at(5));
         let due = at(0) + LATE_MAX;
-        assert_eq!((rechecks.next_due(), rechecks.first_due(at(10))), (Some(due), None));
-        assert_eq!(rechecks.first_due(due), Some(&"one"));
-        assert!(!rechecks.postpone_first(due, None), "no connection was given up");
+        assert_eq!(
+            (second_releases.next_due(), second_releases.first_due(at(10))),
+            (Some(due), None)
+        );
+        assert_eq!(second_releases.first_due(due), Some(&"one"));
+        assert!(!second_releases.postpone_first(due, None), "no connection was given up");
         assert!(
-            !rechecks.postpone_first(due, Some(at(0))),
+            !second_releases.postpone_first(due, Some(at(0))),
             "that one can't carry anything any more"
         );
-        assert!(rechecks.postpone_first(due, Some(at(1))));
+        assert!(second_releases.postpone_first(due, Some(at(1))));
         let due = at(5) + LATE_MAX;
-        assert_eq!(rechecks.first_due(due), Some(&"other"));
-        assert_eq!(rechecks.remove_first(), Some("other"));
+        assert_eq!(second_releases.first_due(due), Some(&"other"));
+        assert_eq!(second_releases.remove_first(), Some("other"));
         let later = at(0) + 2 * LATE_MAX;
         assert_eq!(
-            (rechecks.first_due(due), rechecks.first_due(later)),
+            (second_releases.first_due(due), second_releases.first_due(later)),
             (None, Some(&"one"))
         );
-        assert!(!rechecks.postpone_first(later, Some(later)), "only once");
+        assert!(!second_releases.postpone_first(later, Some(later)), "only once");
     }
 
     #[test]
-    fn recheck_can_be_looked_up_and_forgotten() {
-        let mut rechecks = Rechecks::new(LATE_MAX);
-        rechecks.add("one", at(0));
-        rechecks.add("other", at(5));
+    fn second_release_can_be_looked_up_and_forgotten() {
+        let mut second_releases = SecondReleases::new(LATE_MAX);
+        second_releases.add("one", at(0));
+        second_releases.add("other", at(5));
         let (due, later) = (at(0) + LATE_MAX, at(5) + LATE_MAX);
-        let has_due =
-            |rechecks: &Rechecks<_>, now| ["one", "other"].map(|name| rechecks.has_due(now, |it| *it == name));
-        assert_eq!(has_due(&rechecks, at(10)), [false, false]);
-        assert_eq!(has_due(&rechecks, due), [true, false]);
-        assert_eq!(has_due(&rechecks, later), [true, true]);
-        rechecks.forget(|it| *it == "one");
-        assert_eq!(has_due(&rechecks, later), [false, true]);
+        let has_due = |second_releases: &SecondReleases<_>, now| {
+            ["one", "other"].map(|name| second_releases.has_due(now, |it| *it == name))
+        };
+        assert_eq!(has_due(&second_releases, at(10)), [false, false]);
+        assert_eq!(has_due(&second_releases, due), [true, false]);
+        assert_eq!(has_due(&second_releases, later), [true, true]);
+        second_releases.forget(|it| *it == "one");
+        assert_eq!(has_due(&second_releases, later), [false, true]);
     }
 }

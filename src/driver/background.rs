@@ -133,8 +133,8 @@ async fn run(
                     }
                     send_work(&cleaners, index, Work::Release(abandoned));
                 }
-                Some(Job::Recheck { key, cycle }) => {
-                    send_work(&cleaners, index_of(&shards, &key), Work::Recheck { key, cycle });
+                Some(Job::ReleaseAgain { key, cycle }) => {
+                    send_work(&cleaners, index_of(&shards, &key), Work::ReleaseAgain { key, cycle });
                 }
                 Some(Job::Close { done }) => {
                     close(&manager, &shards);

@@ -160,7 +160,7 @@ impl Entry {
             && reply.is_ok()
             && shard.may_arrive_late(cycle, now)
         {
-            shard.recheck(&self.key, cycle);
+            shard.release_again_later(&self.key, cycle);
         }
         let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
         Some((answer, started, now))

@@ -116,7 +116,7 @@ pub(crate) enum Job {
     /// Release a cycle that is over until the store confirms.
     Release(Abandoned),
     /// Release a cycle once it is over and no request of it can arrive late.
-    Recheck { key: LockKey, cycle: Cycle },
+    ReleaseAgain { key: LockKey, cycle: Cycle },
     /// Release everything, refuse new requests, and signal when that is done.
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// The last handle of the manager was dropped. Exit when no work is left.
@@ -343,8 +343,8 @@ impl Shard {
     }
 
     /// A request of the cycle may be executed after the cycle is over.
-    fn recheck(&self, key: &LockKey, cycle: Cycle) {
-        self.send(Job::Recheck {
+    fn release_again_later(&self, key: &LockKey, cycle: Cycle) {
+        self.send(Job::ReleaseAgain {
             key: key.clone(),
             cycle,
         });

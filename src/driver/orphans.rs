@@ -47,7 +47,7 @@ impl Abandoned {
 pub(super) enum Work {
     Release(Abandoned),
     /// Release the cycle once it is over and no request of it can arrive late.
-    Recheck {
+    ReleaseAgain {
         key: LockKey,
         cycle: Cycle,
     },
@@ -70,7 +70,7 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
     let mut in_flight = FuturesUnordered::new();
     loop {
         let now = Moment::now();
-        cleaner.recheck_due(now);
+        cleaner.start_second_releases(now);
         while let Some(next) = cleaner.orphans.next(now) {
             in_flight.push(Box::pin(attempt(Arc::clone(&cleaner.shard), next)));
         }
@@ -80,8 +80,8 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
                 Some(Work::Release(Abandoned { key, cycle, since, pending })) => {
                     cleaner.orphans.add(key, cycle, pending, since);
                 }
-                Some(Work::Recheck { key, cycle }) => {
-                    let verdict = cleaner.orphans.recheck(key, cycle, Moment::now());
+                Some(Work::ReleaseAgain { key, cycle }) => {
+                    let verdict = cleaner.orphans.release_again_later(key, cycle, Moment::now());
                     cleaner.report(&verdict, None);
                 }
                 // The background thread is gone.
@@ -129,15 +129,18 @@ impl Cleaner {
     }
 
     /// Schedules the second release of cycles of which no request can arrive any more.
-    fn recheck_due(&mut self, now: Moment) {
+    fn start_second_releases(&mut self, now: Moment) {
         let shard = Arc::clone(&self.shard);
         let is_current = |key: &LockKey, cycle: Cycle| {
             let entry = shard.table.get(key, cycle.mode());
             entry.is_some_and(|entry| entry.is_current(cycle))
         };
-        while let Some(verdict) = self.orphans.next_recheck(now, shard.store.last_cut(), is_current, || {
-            PendingRelease::note(&shard.manager.usage)
-        }) {
+        while let Some(verdict) = self
+            .orphans
+            .next_second_release(now, shard.store.last_cut(), is_current, || {
+                PendingRelease::note(&shard.manager.usage)
+            })
+        {
             self.report(&verdict, None);
         }
     }
@@ -184,12 +187,12 @@ impl Cleaner {
 
     fn report(&mut self, verdict: &Verdict<PendingRelease>, error: Option<&StoreError>) {
         match verdict {
-            Verdict::Done | Verdict::Rechecked | Verdict::Retried => {}
+            Verdict::Done | Verdict::ReleasedAgainLater | Verdict::Retried => {}
             Verdict::LeftToExpire(_) => {
                 let reason = error.map(StoreError::reason).unwrap_or_default();
                 self.log_left_to_expire(&reason);
             }
-            Verdict::TooManyRechecks => self.log_left_to_expire("too many requests were cut off at once"),
+            Verdict::TooManySecondReleases => self.log_left_to_expire("too many requests were cut off at once"),
         }
     }
 

@@ -348,7 +348,7 @@ async fn cycle_with_a_possible_request_on_a_cut_connection_is_released_again() {
 
     // A cycle whose reply came on another connection, and one released long after the last loss.
     let key = LockKey::new("other").unwrap();
-    work.send(orphans::Work::Recheck {
+    work.send(orphans::Work::ReleaseAgain {
         key: key.clone(),
         cycle: Cycle::of(5),
     })

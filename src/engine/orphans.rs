@@ -27,7 +27,7 @@ use std::time::Duration;
 use super::Flaw;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::late_requests::{Rechecks, was_cut_lately};
+use crate::late_requests::{SecondReleases, was_cut_lately};
 use crate::protocol::Cycle;
 
 /// How many releases of a manager may be pending.
@@ -37,7 +37,7 @@ pub(crate) const PENDING_MAX: usize = 100_000;
 const IN_FLIGHT_MAX: usize = 1_000;
 const IN_FLIGHT_MIN: usize = 64;
 /// How many cycles of a shard may wait to be released once more.
-const RECHECKS_MAX: usize = 10_000;
+const SECOND_RELEASES_MAX: usize = 10_000;
 
 /// The times of the retry rules.
 #[derive(Debug, Clone)]
@@ -101,13 +101,13 @@ pub(crate) enum Verdict<P> {
     /// The release is no longer pending.
     Done,
     /// The cycle is released once more when nothing of it can arrive any more.
-    Rechecked,
+    ReleasedAgainLater,
     Retried,
     /// The release is given up: it has failed for as long as a lease can last, or the shard does
     /// not accept it any more.
     LeftToExpire(P),
     /// Too many cycles wait to be released once more.
-    TooManyRechecks,
+    TooManySecondReleases,
 }
 
 /// A release to send. `K` identifies a key. `P` counts the release as pending until it is dropped.
@@ -170,7 +170,7 @@ pub(crate) struct Orphans<K, P> {
     rules: OrphanRules,
     fresh: VecDeque<Attempt<K, P>>,
     failed: BinaryHeap<Reverse<Attempt<K, P>>>,
-    rechecks: Rechecks<(K, Cycle)>,
+    second_releases: SecondReleases<(K, Cycle)>,
     in_flight: usize,
     in_flight_max: usize,
 }
@@ -178,7 +178,7 @@ pub(crate) struct Orphans<K, P> {
 impl<K, P> Orphans<K, P> {
     pub(crate) const fn new(rules: OrphanRules) -> Self {
         Self {
-            rechecks: Rechecks::new(rules.late_max),
+            second_releases: SecondReleases::new(rules.late_max),
             rules,
             fresh: VecDeque::new(),
             failed: BinaryHeap::new(),
@@ -206,16 +206,16 @@ impl<K, P> Orphans<K, P> {
     }
 
     /// A request of the cycle may still arrive. The cycle is released once more later.
-    pub(crate) fn recheck(&mut self, key: K, cycle: Cycle, now: Moment) -> Verdict<P> {
+    pub(crate) fn release_again_later(&mut self, key: K, cycle: Cycle, now: Moment) -> Verdict<P> {
         #[cfg(test)]
         if self.rules.flaw == Some(Flaw::TrustsReleases) {
             return Verdict::Done;
         }
-        if self.rechecks.len() >= RECHECKS_MAX {
-            return Verdict::TooManyRechecks;
+        if self.second_releases.len() >= SECOND_RELEASES_MAX {
+            return Verdict::TooManySecondReleases;
         }
-        self.rechecks.add((key, cycle), now);
-        Verdict::Rechecked
+        self.second_releases.add((key, cycle), now);
+        Verdict::ReleasedAgainLater
     }
 
     /// Schedules the second release of the next cycle of which no request can arrive any more.
@@ -223,19 +223,19 @@ impl<K, P> Orphans<K, P> {
     ///
     /// A cycle that is still in use is skipped: it is released as usual when it is over. So is one
     /// that can't be counted as pending.
-    pub(crate) fn next_recheck(
+    pub(crate) fn next_second_release(
         &mut self,
         now: Moment,
         last_cut: Option<Moment>,
         is_current: impl FnOnce(&K, Cycle) -> bool,
         count: impl FnOnce() -> Option<P>,
     ) -> Option<Verdict<P>> {
-        let (key, cycle) = self.rechecks.first_due(now)?;
+        let (key, cycle) = self.second_releases.first_due(now)?;
         let is_over = !is_current(key, *cycle);
-        if is_over && self.rechecks.postpone_first(now, last_cut) {
-            return Some(Verdict::Rechecked);
+        if is_over && self.second_releases.postpone_first(now, last_cut) {
+            return Some(Verdict::ReleasedAgainLater);
         }
-        let (key, cycle) = self.rechecks.remove_first()?;
+        let (key, cycle) = self.second_releases.remove_first()?;
         if is_over && let Some(pending) = count() {
             self.push(key, cycle, pending, now, true);
         }
@@ -258,13 +258,13 @@ impl<K, P> Orphans<K, P> {
         next
     }
 
-    /// When the next release or recheck is due. `None` if a reply has to arrive first.
+    /// When the next release or second release is due. `None` if a reply has to arrive first.
     pub(crate) fn next_due(&self) -> Option<Moment> {
         if self.in_flight >= self.in_flight_max {
             return None;
         }
         let failed = self.failed.peek().map(|Reverse(failed)| failed.due);
-        failed.into_iter().chain(self.rechecks.next_due()).min()
+        failed.into_iter().chain(self.second_releases.next_due()).min()
     }
 
     /// An attempt got its reply or none. A failed one is retried after a pause drawn from a range,
@@ -286,7 +286,7 @@ impl<K, P> Orphans<K, P> {
             Released::Confirmed => {
                 let was_cut_lately = was_cut_lately(cx.now, cx.last_cut, self.rules.late_max);
                 if !attempt.is_final && (!attempt.is_ordered || was_cut_lately) {
-                    return self.recheck(attempt.key, attempt.cycle, cx.now);
+                    return self.release_again_later(attempt.key, attempt.cycle, cx.now);
                 }
                 Verdict::Done
             }
@@ -401,13 +401,20 @@ mod tests {
                 ..circumstances(at(10))
             };
             let verdict = orphans.on_result(attempt, Released::Confirmed, cx, |range| *range.end());
-            let expected = if again { Verdict::Rechecked } else { Verdict::Done };
+            let expected = if again {
+                Verdict::ReleasedAgainLater
+            } else {
+                Verdict::Done
+            };
             assert_eq!(verdict, expected, "{in_background} {cut:?}");
             let due = again.then_some(at(10) + LATE_MAX);
             assert_eq!(orphans.next_due(), due, "{in_background} {cut:?}");
             let Some(due) = due else { continue };
-            assert_eq!(orphans.next_recheck(at(10), cut, |(), _| false, || Some(())), None);
-            let verdict = orphans.next_recheck(due, cut, |(), _| false, || Some(()));
+            assert_eq!(
+                orphans.next_second_release(at(10), cut, |(), _| false, || Some(())),
+                None
+            );
+            let verdict = orphans.next_second_release(due, cut, |(), _| false, || Some(()));
             assert_eq!(verdict, Some(Verdict::Done));
             let attempt = orphans.next(due).unwrap();
             assert!(attempt.is_ordered());
@@ -421,15 +428,22 @@ mod tests {
     }
 
     #[test]
-    fn recheck_is_postponed_once_by_a_later_cut_and_skipped_for_a_cycle_in_use() {
+    fn second_release_is_postponed_once_by_a_later_cut_and_skipped_for_a_cycle_in_use() {
         let mut orphans = of([]);
-        assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::Rechecked);
-        assert_eq!(orphans.recheck((), Cycle::of(4), at(0)), Verdict::Rechecked);
+        assert_eq!(
+            orphans.release_again_later((), Cycle::of(2), at(0)),
+            Verdict::ReleasedAgainLater
+        );
+        assert_eq!(
+            orphans.release_again_later((), Cycle::of(4), at(0)),
+            Verdict::ReleasedAgainLater
+        );
         let (due, later) = (at(0) + LATE_MAX, at(0) + 2 * LATE_MAX);
-        let mut next = |now| orphans.next_recheck(now, Some(now), |(), cycle| cycle == Cycle::of(4), || Some(()));
+        let mut next =
+            |now| orphans.next_second_release(now, Some(now), |(), cycle| cycle == Cycle::of(4), || Some(()));
         assert_eq!(
             [next(due), next(due), next(due)],
-            [Some(Verdict::Rechecked), Some(Verdict::Done), None]
+            [Some(Verdict::ReleasedAgainLater), Some(Verdict::Done), None]
         );
         assert_eq!(next(later), Some(Verdict::Done));
         assert_eq!(orphans.next(later).map(|attempt| attempt.cycle), Some(Cycle::of(2)));
@@ -498,12 +512,18 @@ mod tests {
     }
 
     #[test]
-    fn rechecks_have_a_limit() {
+    fn second_releases_have_a_limit() {
         let mut orphans = of([]);
-        for _ in 0..RECHECKS_MAX {
-            assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::Rechecked);
+        for _ in 0..SECOND_RELEASES_MAX {
+            assert_eq!(
+                orphans.release_again_later((), Cycle::of(2), at(0)),
+                Verdict::ReleasedAgainLater
+            );
         }
-        assert_eq!(orphans.recheck((), Cycle::of(2), at(0)), Verdict::TooManyRechecks);
+        assert_eq!(
+            orphans.release_again_later((), Cycle::of(2), at(0)),
+            Verdict::TooManySecondReleases
+        );
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) enum Job {
         cycle: Cycle,
     },
     /// A request of the cycle may arrive late.
-    Recheck {
+    ReleaseAgain {
         k: usize,
         cycle: Cycle,
     },
@@ -54,10 +54,10 @@ impl World {
                 manager.orphans.add(k, cycle, (), now);
                 self.release_orphans(m);
             }
-            Job::Recheck { k, cycle } => {
+            Job::ReleaseAgain { k, cycle } => {
                 let manager = &mut self.managers[m];
                 let now = manager.clock.at(self.now);
-                let verdict = manager.orphans.recheck(k, cycle, now);
+                let verdict = manager.orphans.release_again_later(k, cycle, now);
                 self.orphan_is_judged(m, verdict);
                 self.release_orphans(m);
             }
@@ -86,7 +86,7 @@ impl World {
                 ..
             } = &mut self.managers[m];
             let is_current = |&k: &usize, cycle| queues[k].is_current(cycle);
-            let Some(verdict) = orphans.next_recheck(now, *last_cut, is_current, || Some(())) else {
+            let Some(verdict) = orphans.next_second_release(now, *last_cut, is_current, || Some(())) else {
                 break;
             };
             self.orphan_is_judged(m, verdict);
@@ -152,8 +152,8 @@ impl World {
     fn orphan_is_judged(&mut self, m: usize, verdict: Verdict<()>) {
         match verdict {
             Verdict::Done | Verdict::Retried => {}
-            Verdict::Rechecked => self.stats.doubted += 1,
-            Verdict::LeftToExpire(()) | Verdict::TooManyRechecks => {
+            Verdict::ReleasedAgainLater => self.stats.second_releases += 1,
+            Verdict::LeftToExpire(()) | Verdict::TooManySecondReleases => {
                 self.stats.left_to_run_out += 1;
                 self.note(|_| format!("m{m} a cycle is left to expire: {verdict:?}"));
             }

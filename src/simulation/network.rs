@@ -404,7 +404,7 @@ impl World {
         };
         if let Some(cycle) = takes.filter(|&cycle| self.may_arrive_late(m, cycle)) {
             // An earlier attempt may still be executed.
-            self.job(m, Job::Recheck { k, cycle });
+            self.job(m, Job::ReleaseAgain { k, cycle });
         }
         match (in_flight.order, reply) {
             (Order::Queue(Request::Acquire { cycle, ttl, .. }), Reply::Acquired(reply)) => {

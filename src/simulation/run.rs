@@ -43,7 +43,7 @@ pub(super) struct Stats {
     /// Commands executed long after their connection was abandoned, and cycles released once more
     /// in case there are any.
     pub(super) late: u64,
-    pub(super) doubted: u64,
+    pub(super) second_releases: u64,
     /// Scripts that were sent again, because the server did not know them.
     pub(super) unknown_scripts: u64,
     /// Leases released before their `min_hold` had passed.
@@ -87,7 +87,7 @@ impl Stats {
             (&mut self.crashes, other.crashes),
             (&mut self.forgotten, other.forgotten),
             (&mut self.late, other.late),
-            (&mut self.doubted, other.doubted),
+            (&mut self.second_releases, other.second_releases),
             (&mut self.unknown_scripts, other.unknown_scripts),
             (&mut self.retired, other.retired),
             (&mut self.in_turns, other.in_turns),
@@ -121,7 +121,7 @@ impl Stats {
             ("new subscriptions", self.resubscribed, 200),
             ("crashes", self.crashes, 100),
             ("late commands", self.late, 100),
-            ("cycles that were released once more", self.doubted, 200),
+            ("cycles that were released once more", self.second_releases, 200),
             ("scripts sent again", self.unknown_scripts, 1_000),
             ("leases released before their min_hold", self.retired, 1_000),
             ("guards in turns", self.in_turns, 2_000),
@@ -219,7 +219,7 @@ impl World {
             }
             return self.end_promptly(limit);
         }
-        // Lingering leases end in their own time, and doubted cycles are released when nothing can
+        // Lingering leases end in their own time, and second releases are sent when nothing can
         // arrive late any more.
         let limit = limit + nanos(self.plan.longest_linger() + 3 * self.plan.late_max());
         self.end(limit)?;

@@ -101,7 +101,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         };
         // Recorded before the node is asked: the request may be dropped at any time.
         partial_claims.nodes.push(Arc::clone(sequencer));
-        sequencer.forget_repeats(request.cycle);
+        sequencer.forget_second_releases(request.cycle);
         let why = match timeout(quorum.node_limit, sequencer.store.acquire(at_sequencer.clone())).await {
             // The node may have restarted meanwhile, and not be a sequencer any more.
             Ok(Ok(answer)) if sequencer.store.has_vote() => {

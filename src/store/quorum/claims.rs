@@ -66,7 +66,7 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
             tally.count(Vote::Missing);
             continue;
         }
-        node.forget_repeats(request.cycle);
+        node.forget_second_releases(request.cycle);
         let claim = Claim {
             key: request.key.clone(),
             cycle: request.cycle,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::clock::Moment;
-use crate::late_requests::{LateRequests, Rechecks};
+use crate::late_requests::{LateRequests, SecondReleases};
 use crate::protocol::{Cycle, Release};
 use crate::store::redis::primary::RedisStore;
 use crate::store::{LATE_MAX, LeaseStore};
@@ -35,12 +35,12 @@ pub(super) struct Node {
 /// releases that are repeated because of them.
 struct LateClaims {
     requests: LateRequests,
-    releases: Rechecks<Repeat>,
+    second_releases: SecondReleases<LateRelease>,
 }
 
-/// A release to repeat when no claim of its cycle can arrive any more.
+/// A release that is sent a second time, when no claim of its cycle can arrive any more.
 #[derive(Clone)]
-pub(super) struct Repeat {
+pub(super) struct LateRelease {
     /// When its lease has run out anyway.
     pub(super) end: Moment,
     pub(super) release: Release,
@@ -62,7 +62,7 @@ impl Node {
             pending_releases: Mutex::new(BTreeMap::new()),
             late_claims: Mutex::new(LateClaims {
                 requests: LateRequests::default(),
-                releases: Rechecks::new(LATE_MAX),
+                second_releases: SecondReleases::new(LATE_MAX),
             }),
         }
     }
@@ -169,8 +169,8 @@ impl Node {
     pub(super) fn has_pending_release(&self, cycle: Cycle) -> bool {
         let is_repeated = || {
             let late = self.late_claims.lock();
-            let is_of_cycle = |repeat: &Repeat| repeat.release.cycle == cycle;
-            late.requests.has_included(cycle) && late.releases.has_due(Moment::now(), is_of_cycle)
+            let is_of_cycle = |second: &LateRelease| second.release.cycle == cycle;
+            late.requests.has_included(cycle) && late.second_releases.has_due(Moment::now(), is_of_cycle)
         };
         self.pending_releases.lock().contains_key(&cycle) || is_repeated()
     }
@@ -178,10 +178,10 @@ impl Node {
     /// The node is about to be asked for a lease of that cycle. A release of the same cycle that
     /// followed an earlier attempt must not be repeated any more: it would end this lease. When the
     /// cycle is over, its release is repeated if that is still necessary.
-    pub(super) fn forget_repeats(&self, cycle: Cycle) {
+    pub(super) fn forget_second_releases(&self, cycle: Cycle) {
         let mut late = self.late_claims.lock();
         if late.requests.has_included(cycle) {
-            late.releases.forget(|repeat| repeat.release.cycle == cycle);
+            late.second_releases.forget(|second| second.release.cycle == cycle);
         }
     }
 
@@ -193,8 +193,9 @@ impl Node {
             return;
         };
         let mut late = self.late_claims.lock();
-        if late.requests.may_include(release.cycle, cut, || newest) && late.releases.len() < PENDING_RELEASES_MAX {
-            let repeat = Repeat {
+        if late.requests.may_include(release.cycle, cut, || newest) && late.second_releases.len() < PENDING_RELEASES_MAX
+        {
+            let second = LateRelease {
                 end: now + LATE_MAX + longest,
                 release: Release {
                     requeue: None,
@@ -202,30 +203,30 @@ impl Node {
                     ..release.clone()
                 },
             };
-            late.releases.add(repeat, now);
+            late.second_releases.add(second, now);
         }
     }
 
-    /// The next release that is due to be repeated. It stays due until it is
-    /// [`repeated`](Self::repeated).
-    pub(super) fn due_repeat(&self, now: Moment) -> Option<Repeat> {
+    /// The next second release that is due. It stays due until it is done
+    /// ([`second_release_done`](Self::second_release_done)).
+    pub(super) fn due_second_release(&self, now: Moment) -> Option<LateRelease> {
         let last_cut = self.store.last_cut();
         let mut late = self.late_claims.lock();
-        while late.releases.first_due(now).is_some() {
-            if !late.releases.postpone_first(now, last_cut) {
-                return late.releases.first_due(now).cloned();
+        while late.second_releases.first_due(now).is_some() {
+            if !late.second_releases.postpone_first(now, last_cut) {
+                return late.second_releases.first_due(now).cloned();
             }
         }
         None
     }
 
     /// That release is done.
-    pub(super) fn repeated(&self, done: &Repeat, now: Moment) {
+    pub(super) fn second_release_done(&self, done: &LateRelease, now: Moment) {
         let mut late = self.late_claims.lock();
         // The worker and a shutdown may repeat the same one.
-        let is_first = |first: &Repeat| first.release.cycle == done.release.cycle;
-        if late.releases.first_due(now).is_some_and(is_first) {
-            late.releases.remove_first();
+        let is_first = |first: &LateRelease| first.release.cycle == done.release.cycle;
+        if late.second_releases.first_due(now).is_some_and(is_first) {
+            late.second_releases.remove_first();
         }
     }
 }

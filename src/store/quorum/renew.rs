@@ -133,7 +133,7 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
         if !quorum.holds(renewal.cycle) || node.has_pending_release(renewal.cycle) {
             return;
         }
-        node.forget_repeats(renewal.cycle);
+        node.forget_second_releases(renewal.cycle);
         let claim = Claim {
             key: renewal.key.clone(),
             cycle: renewal.cycle,

@@ -129,7 +129,7 @@ struct NoAnswer;
 
 /// Repeats the pending releases. Returns whether the node answered.
 pub(super) async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> bool {
-    repeat_releases(quorum, node, Moment::now()).await;
+    send_second_releases(quorum, node, Moment::now()).await;
     let pending = stream::iter(node.pending_releases().into_iter().map(Ok));
     let finished = pending.try_for_each_concurrent(RELEASES_AT_A_TIME, async |(end, release)| {
         finish_release(quorum, node, end, &release).await
@@ -167,13 +167,13 @@ async fn send_again(quorum: &Quorum, node: &Node, priority: Priority, release: &
 
 /// Repeats the releases after which a claim may have arrived. One that the node did not execute is
 /// tried again with the next probe, until its lease has run out.
-pub(super) async fn repeat_releases(quorum: &Quorum, node: &Node, now: Moment) {
-    while let Some(repeat) = node.due_repeat(now) {
-        let sent = send_again(quorum, node, Priority::Background, &repeat.release).await;
-        if !matches!(sent, Ok(true)) && now < repeat.end {
+pub(super) async fn send_second_releases(quorum: &Quorum, node: &Node, now: Moment) {
+    while let Some(second) = node.due_second_release(now) {
+        let sent = send_again(quorum, node, Priority::Background, &second.release).await;
+        if !matches!(sent, Ok(true)) && now < second.end {
             break;
         }
-        node.repeated(&repeat, now);
+        node.second_release_done(&second, now);
     }
 }
 

@@ -67,37 +67,43 @@ async fn release_is_repeated_once_no_claim_of_its_cycle_can_arrive() {
     let node = &bench.nodes[0];
     let done = |cycle, at| node.released(&release(cycle), NEWEST, TTL, at);
     done(2, Moment::now());
-    assert!(node.due_repeat(Moment::now() + LATE_MAX * 3).is_none(), "no cut");
+    assert!(
+        node.due_second_release(Moment::now() + LATE_MAX * 3).is_none(),
+        "no cut"
+    );
 
     node.store.leave_callers();
     let cut = node.store.last_cut().unwrap();
     let due = cut + LATE_MAX;
     done(2, due);
     done(NEWEST + 2, cut);
-    assert!(node.due_repeat(due + LATE_MAX * 3).is_none(), "nothing can arrive");
+    assert!(
+        node.due_second_release(due + LATE_MAX * 3).is_none(),
+        "nothing can arrive"
+    );
 
     done(4, cut);
     done(6, cut);
     let just_before = Moment::from_nanos(due.as_nanos() - 1);
-    assert!(node.due_repeat(just_before).is_none());
-    let repeat = node.due_repeat(due).unwrap();
-    assert_eq!((repeat.release.cycle, repeat.end), (Cycle::of(4), due + TTL));
-    assert!(repeat.release.requeue.is_none() && !repeat.release.nobody_waits);
-    node.repeated(&repeat, due);
-    let other = node.due_repeat(due).unwrap();
+    assert!(node.due_second_release(just_before).is_none());
+    let second = node.due_second_release(due).unwrap();
+    assert_eq!((second.release.cycle, second.end), (Cycle::of(4), due + TTL));
+    assert!(second.release.requeue.is_none() && !second.release.nobody_waits);
+    node.second_release_done(&second, due);
+    let other = node.due_second_release(due).unwrap();
     assert_eq!(other.release.cycle, Cycle::of(6));
-    node.repeated(&repeat, due);
-    assert!(node.due_repeat(due).is_some(), "another one was repeated");
-    node.repeated(&other, due);
-    assert!(node.due_repeat(due).is_none());
+    node.second_release_done(&second, due);
+    assert!(node.due_second_release(due).is_some(), "another one was repeated");
+    node.second_release_done(&other, due);
+    assert!(node.due_second_release(due).is_none());
 
     // Another cut postpones it once.
     done(8, cut);
     node.store.ping_callers().await.unwrap();
     node.store.leave_callers();
     assert!(node.store.last_cut().unwrap() > cut);
-    assert!(node.due_repeat(due).is_none());
-    assert!(node.due_repeat(due + LATE_MAX).is_some());
+    assert!(node.due_second_release(due).is_none());
+    assert!(node.due_second_release(due + LATE_MAX).is_some());
 }
 
 #[tokio::test]
@@ -110,9 +116,9 @@ async fn releases_to_repeat_are_limited() {
     (1..=count).for_each(|number| node.released(&release(2 * number), 2 * count, TTL, cut));
     let due = cut + LATE_MAX;
     let repeats = std::iter::from_fn(|| {
-        let repeat = node.due_repeat(due)?;
-        node.repeated(&repeat, due);
-        Some(repeat)
+        let second = node.due_second_release(due)?;
+        node.second_release_done(&second, due);
+        Some(second)
     });
     assert_eq!(repeats.count(), PENDING_RELEASES_MAX);
 }

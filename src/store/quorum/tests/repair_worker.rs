@@ -85,13 +85,13 @@ async fn release_is_repeated_until_the_node_has_executed_it_or_its_lease_has_run
     let bench = Bench::new().await;
     bench.hold(2).await;
     let node = &bench.nodes[0];
-    let repeat_at = async |now| repair::repeat_releases(&bench.store.quorum, node, now).await;
+    let repeat_at = async |now| repair::send_second_releases(&bench.store.quorum, node, now).await;
     node.store.leave_callers();
     let cut = node.store.last_cut().unwrap();
     node.released(&release(2), 2, LONGEST, cut);
     let due = cut + LATE_MAX;
     repeat_at(due).await;
-    assert!(node.due_repeat(due).is_none());
+    assert!(node.due_second_release(due).is_none());
     assert_eq!(bench.owner(0), None);
 
     node.released(&release(2), 2, LONGEST, cut);
@@ -100,9 +100,9 @@ async fn release_is_repeated_until_the_node_has_executed_it_or_its_lease_has_run
     // The connection that the server closed may have postponed it.
     let later = due + LATE_MAX;
     repeat_at(later).await;
-    let left = node.due_repeat(later).expect("the node has not executed it");
+    let left = node.due_second_release(later).expect("the node has not executed it");
     repeat_at(left.end).await;
-    assert!(node.due_repeat(left.end).is_none());
+    assert!(node.due_second_release(left.end).is_none());
 }
 
 /// Regression: after an attempt that lost its vote, the same cycle won the next one. The release
@@ -121,7 +121,7 @@ async fn release_is_not_repeated_once_its_cycle_is_acquired_again() {
     bench.hold(2).await;
     for node in &bench.nodes {
         // Long after the connections were given up, so it is not postponed.
-        repair::repeat_releases(&bench.store.quorum, node, now + 3 * LATE_MAX).await;
+        repair::send_second_releases(&bench.store.quorum, node, now + 3 * LATE_MAX).await;
     }
     let held = (0..bench.nodes.len()).filter(|&node| bench.owner(node) == bench.owner_tag(2));
     assert!(held.count() >= 2, "the lease has no majority");
