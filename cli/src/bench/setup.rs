@@ -90,7 +90,8 @@ impl Setup {
             .ok()
     }
 
-    /// Stops the workers, then erases the keys on given shards or stops the servers that were started.
+    /// Stops the workers, then erases the keys on given shards or stops the servers that were
+    /// started.
     pub(super) async fn tear_down(mut self) -> anyhow::Result<()> {
         self.workers.kill().await?;
         if let Some(agent) = self.agent.take() {
