@@ -135,6 +135,7 @@ impl NodePool {
         let mut asking: Option<NodeAddress> = None;
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
         let (mut redirections, mut repeated) = (0, false);
+        let mut failed: Option<StoreError> = None;
         loop {
             let version = shared.topology.version();
             let place = asking.clone().or_else(|| shared.topology.owner(call.slot));
@@ -150,8 +151,10 @@ impl NodePool {
                     let sent_at = Moment::now();
                     if sent_at >= deadline {
                         let limit = shared.timeout;
-                        let error = format!("{place}: store_timeout ({limit:?}) passed before this step could be sent");
-                        return Err(CallError::Failed(StoreError::Unavailable(error.into())));
+                        let unsent =
+                            format!("{place}: store_timeout ({limit:?}) passed before this step could be sent");
+                        let error = failed.map_or(StoreError::Unavailable(unsent.into()), |error| timed_out(&error));
+                        return Err(CallError::Failed(error));
                     }
                     let patience = match call.deadline {
                         Some(_) => shared.patience.min(deadline.since(sent_at)),
@@ -228,6 +231,7 @@ impl NodePool {
             if Moment::now() + pause >= deadline {
                 return Err(CallError::Failed(timed_out(&last_error)));
             }
+            failed = Some(last_error);
             tokio::time::sleep(pause).await;
         }
     }
