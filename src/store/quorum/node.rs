@@ -164,8 +164,8 @@ impl Node {
         self.pending_releases.lock().remove(&release.cycle);
     }
 
-    /// Whether a release of that cycle is pending, or due to be repeated. Until it is answered, what
-    /// the node replies about the cycle does not count.
+    /// Whether a release of that cycle is pending, or its second release is due. Until it is
+    /// answered, what the node replies about the cycle does not count.
     pub(super) fn has_pending_release(&self, cycle: Cycle) -> bool {
         let is_repeated = || {
             let late = self.late_claims.lock();

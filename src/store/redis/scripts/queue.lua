@@ -1,7 +1,7 @@
 -- Shared by the scripts that acquire and release. Before it comes constants.lua.
 
--- The manager, the cycle and the TTL of an owner tag; nil for a value that another library wrote. An
--- owner tag is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
+-- The manager, the cycle and the TTL of an owner tag; nil for a value that another library wrote.
+-- An owner tag is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
 local function parse_owner_tag(owner_tag)
   local manager, cycle, ttl = string.match(owner_tag, '^([%w%.%-]+):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
   -- `<host>-<process id>-<16 digits>`, matched from the end: a single pattern would try each dash.
