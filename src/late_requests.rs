@@ -100,13 +100,13 @@ impl<T> SecondReleases<T> {
         true
     }
 
-    /// Whether one of those is due.
+    /// Whether a release for which `is_one` holds is due.
     pub(crate) fn has_due(&self, now: Moment, is_one: impl Fn(&T) -> bool) -> bool {
         let mut due = self.waiting.iter().take_while(|second| second.due <= now);
         due.any(|second| is_one(&second.release))
     }
 
-    /// Forgets those.
+    /// Forgets the releases for which `is_one` holds.
     pub(crate) fn forget(&mut self, is_one: impl Fn(&T) -> bool) {
         self.waiting.retain(|second| !is_one(&second.release));
     }

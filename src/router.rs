@@ -49,7 +49,7 @@ impl ShardMap {
         self.names.get(self.index(slot)).map(String::as_str)
     }
 
-    /// Returns the slots of the shard with this index, or `None` if there are not so many shards.
+    /// Returns the slots of the shard with this index, or `None` if there is no such shard.
     #[must_use]
     pub fn slots(&self, index: usize) -> Option<RangeInclusive<u16>> {
         (index < self.len()).then(|| self.slots_of(index))
