@@ -1,15 +1,18 @@
 //! Two workers that number the invoices of the same customers.
 
+use shardlock::LockManager;
 use support::{RedisServer, wait_until};
+use support_locks::until_queued;
 
 use crate::{PATIENCE, Program};
 
 const CUSTOMERS: [&str; 3] = ["anne", "bert", "cora"];
 
+/// For each customer and worker.
 const INVOICES: usize = 10;
 
-#[test]
-fn invoices_of_each_customer_have_numbers_without_gaps() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn invoices_of_each_customer_have_numbers_without_gaps() {
     let redis = RedisServer::start();
     let url = redis.url();
     let vars = [("SHARDLOCK_SHARDS", url.as_str()), ("REDIS_URL", &url)];
@@ -18,31 +21,42 @@ fn invoices_of_each_customer_have_numbers_without_gaps() {
         .into_iter()
         .chain(CUSTOMERS.into_iter().cycle().take(CUSTOMERS.len() * INVOICES))
         .collect();
-    let count = |customer: &str| redis.query::<usize>(&["LLEN", &format!("invoices:{customer}")]);
+    let locks = LockManager::connect(&url).await.expect("connect");
+    let keys = CUSTOMERS.map(|customer| format!("customer:{customer}"));
+    let until_queued = async |workers| {
+        for key in &keys {
+            until_queued(&locks, key, workers).await;
+        }
+    };
 
-    // A worker that finds nothing to do looks seldom.
-    Program::start(program, &vars, &jobs).finish();
-    let workers = [(); 2].map(|()| Program::start(program, &vars, &[]));
-    let mut took_part = [false; 2];
-    let mut pushed = INVOICES;
-    wait_until("both have taken part", 3 * PATIENCE, || {
-        wait_until("all invoices are written", PATIENCE, || {
-            CUSTOMERS.map(count).iter().sum::<usize>() >= CUSTOMERS.len() * pushed
-        });
-        for (took_part, worker) in took_part.iter_mut().zip(&workers) {
-            *took_part |= worker.lines.try_iter().any(|line| line.contains(" with token "));
-        }
-        let have_both = took_part == [true; 2];
-        if !have_both {
-            // One of them was quick enough to take all.
-            Program::start(program, &vars, &jobs).finish();
-            pushed += INVOICES;
-        }
-        have_both
+    // No job ends until both workers have jobs of each customer.
+    let held = locks.lock_all(&keys).await.expect("lock");
+    let push = || Program::start(program, &vars, &jobs).finish();
+    let start = || Program::start(program, &vars, &[]);
+    // A worker takes jobs when it starts, and then only if one of its jobs ends, or after 30 s.
+    push();
+    let first = start();
+    until_queued(1).await;
+    // It must not take the jobs of the other one.
+    first.process.stop();
+    push();
+    let second = start();
+    until_queued(2).await;
+    first.process.cont();
+    held.release().await.expect("release");
+
+    let expected: Vec<usize> = (1..=2 * INVOICES).collect();
+    let numbers =
+        |customer: &str| -> Vec<usize> { redis.query(&["LRANGE", &format!("invoices:{customer}"), "0", "-1"]) };
+    wait_until("all invoices are written", PATIENCE, || {
+        CUSTOMERS
+            .iter()
+            .all(|customer| numbers(customer).len() >= expected.len())
     });
-    let expected: Vec<usize> = (1..=pushed).collect();
     for customer in CUSTOMERS {
-        let numbers: Vec<usize> = redis.query(&["LRANGE", &format!("invoices:{customer}"), "0", "-1"]);
-        assert_eq!(numbers, expected, "{customer}");
+        assert_eq!(numbers(customer), expected, "{customer}");
+    }
+    for worker in [first, second] {
+        worker.line("anne ");
     }
 }
