@@ -64,8 +64,9 @@ mod linux {
         pub(in super::super) fn signal(&self, signal: Signal) -> Result<(), Errno> {
             let handle = match pidfd_open(self.pid, PidfdFlags::empty()) {
                 Ok(handle) => handle,
-                // Not supported by kernels before 5.3 and by some sandboxes.
-                Err(Errno::NOSYS) => return kill_process(self.pid, signal),
+                // Not supported by kernels before 5.3, and refused by some sandboxes. A process of
+                // another user can't be signalled in either way.
+                Err(Errno::NOSYS | Errno::PERM) => return kill_process(self.pid, signal),
                 Err(error) => return Err(error),
             };
             // The PID may have been reused before the handle was opened.
@@ -115,21 +116,27 @@ mod linux {
     }
 
     /// Parses `/proc/PID/stat`, such as `17 (a name) S 1 17 ...`: state, parent, process group and,
-    /// further on, the start time. The name may contain any characters.
+    /// further on, the number of threads and the start time. The name may contain any characters.
+    ///
+    /// The state is that of the main thread. A process whose main thread has ended is shown as a
+    /// zombie while its other threads run on.
     pub(super) fn parse(pid: Pid, text: &str) -> Option<Process> {
         let (before, after) = text.rsplit_once(')')?;
         let (_, name) = before.split_once('(')?;
         let mut fields = after.split_ascii_whitespace();
-        let state = match fields.next()? {
+        let state_of_main_thread = fields.next()?;
+        let mut pid_of_next = || fields.next().map(|field| field.parse().ok().and_then(Pid::from_raw));
+        // A process whose parent is outside the namespace (PID 0) is not a descendant of the tool.
+        let (parent, group) = (pid_of_next()??, pid_of_next()?);
+        const BEFORE_THREADS: usize = 14;
+        let threads: u64 = fields.nth(BEFORE_THREADS)?.parse().ok()?;
+        let started = fields.nth(1)?.parse().ok();
+        let state = match state_of_main_thread {
+            "Z" | "X" | "x" if threads > 1 => State::Running,
             "Z" | "X" | "x" => State::Ended,
             "T" | "t" => State::Stopped,
             _ => State::Running,
         };
-        let mut pid_of_next = || fields.next().map(|field| field.parse().ok().and_then(Pid::from_raw));
-        // A process whose parent is outside the namespace (PID 0) is not a descendant of the tool.
-        let (parent, group) = (pid_of_next()??, pid_of_next()?);
-        const BETWEEN: usize = 16;
-        let started = fields.nth(BETWEEN)?.parse().ok();
         Some(Process {
             pid,
             parent,
@@ -185,5 +192,17 @@ mod tests {
         assert!(linux::parse(pid, &format!("17 (kthreadd) S 0 0 {rest}")).is_none());
         let of_other_namespace = linux::parse(pid, &format!("17 (sh) S 1 0 {rest}")).unwrap();
         assert_eq!(of_other_namespace.group, None);
+    }
+
+    #[test]
+    fn a_process_runs_as_long_as_any_of_its_threads() {
+        let pid = Pid::from_raw(17).unwrap();
+        let state = |threads: u8| {
+            let rest = format!("5 34816 6 4194304 1 2 3 4 5 6 7 8 20 0 {threads} 0 8877 9");
+            linux::parse(pid, &format!("17 (sh) Z 3 4 {rest}")).unwrap().state
+        };
+        assert_eq!(state(2), State::Running);
+        assert_eq!(state(1), State::Ended);
+        assert_eq!(state(0), State::Ended);
     }
 }

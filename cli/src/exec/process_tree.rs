@@ -4,6 +4,8 @@
 //! the keeper, whatever process groups and sessions it creates, and the command is gone once the
 //! keeper has no children. On other systems the command is its process group.
 
+use std::cell::Cell;
+
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process_group, test_kill_process, wait};
 
@@ -13,6 +15,9 @@ use super::process::{Process, State, descendants};
 pub(super) struct ProcessTree {
     /// The command itself.
     leader: Pid,
+    /// Whether the leader was reaped. From then on, its PID may belong to another process, and to
+    /// the process group of that process.
+    is_leader_reaped: Cell<bool>,
     group: Group,
 }
 
@@ -38,13 +43,17 @@ pub(super) struct Reaped {
 
 impl ProcessTree {
     pub(super) const fn new(leader: Pid, group: Group) -> Self {
-        Self { leader, group }
+        Self {
+            leader,
+            is_leader_reaped: Cell::new(false),
+            group,
+        }
     }
 
     /// Sends a signal to the command and to the processes of the command in its group.
     pub(super) fn signal_group(&self, signal: Signal) {
         let sent = match self.group {
-            Group::Own => kill_process_group(self.leader, signal),
+            Group::Own => self.signal_own_group(signal, &self.processes()),
             Group::Shared(group) => {
                 let mut sent = Err(Errno::SRCH);
                 for process in self.processes().iter().filter(|process| process.group == Some(group)) {
@@ -64,7 +73,7 @@ impl ProcessTree {
     pub(super) fn signal_all(&self, signal: Signal) -> Vec<Process> {
         let mut processes = self.processes();
         // Signalling the whole group at once does not miss a process that is just being forked.
-        let has_own = self.group == Group::Own && kill_process_group(self.leader, signal) != Err(Errno::SRCH);
+        let has_own = self.group == Group::Own && self.signal_own_group(signal, &processes) != Err(Errno::SRCH);
         processes.retain(|process| {
             let sent = if has_own && process.group == Some(self.leader) {
                 test_kill_process(process.pid)
@@ -76,13 +85,24 @@ impl ProcessTree {
         processes
     }
 
+    /// Signals the command's own process group, if it still exists.
+    fn signal_own_group(&self, signal: Signal, processes: &[Process]) -> Result<(), Errno> {
+        let has_members = || processes.iter().any(|process| process.group == Some(self.leader));
+        // A group keeps its ID while it has members. Without /proc they are not known.
+        if self.is_leader_reaped.get() && cfg!(target_os = "linux") && !has_members() {
+            return Err(Errno::SRCH);
+        }
+        kill_process_group(self.leader, signal)
+    }
+
     /// The processes that exist now, without those that only wait to be reaped.
     pub(super) fn processes(&self) -> Vec<Process> {
         let mut processes = descendants(getpid(), &[]);
         let is_missing = processes.iter().all(|process| process.pid != self.leader);
         // Processes of other users may be hidden in /proc. On systems other than Linux, no process
         // is listed at all.
-        if is_missing && (!cfg!(target_os = "linux") || test_kill_process(self.leader) == Err(Errno::PERM)) {
+        let is_hidden = || !self.is_leader_reaped.get() && test_kill_process(self.leader) == Err(Errno::PERM);
+        if is_missing && (!cfg!(target_os = "linux") || is_hidden()) {
             processes.push(Process {
                 pid: self.leader,
                 parent: getpid(),
@@ -106,7 +126,10 @@ impl ProcessTree {
             match wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
                 Ok(Some((pid, status))) if pid == self.leader => match status.stopping_signal() {
                     Some(signal) => reaped.stopped = Some(signal),
-                    None => reaped.ended = Some(status),
+                    None => {
+                        self.is_leader_reaped.set(true);
+                        reaped.ended = Some(status);
+                    }
                 },
                 Ok(Some(_)) | Err(Errno::INTR) => {}
                 Ok(None) => return reaped,

@@ -43,7 +43,7 @@ fn module(language: &str) -> PathBuf {
 
 /// A program of `bin/`, without variables of this process that would change what it does.
 #[track_caller]
-fn program(name: &str) -> Command {
+pub(crate) fn program(name: &str) -> Command {
     let mut command = Command::new(installed("bin").join(name));
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy();

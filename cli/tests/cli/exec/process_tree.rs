@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Signal, geteuid, kill_process, kill_process_group};
 use support::{PATIENCE, RedisServer, wait_until};
 
+use crate::clients::program;
 use crate::tool::{Notes, Run, bare, is_alive, is_held, run, tool, wait_until_dead, wait_until_waiting};
 
 /// A command that starts a grandchild, an orphan, and processes in their own session and process
@@ -172,6 +173,80 @@ fn orphans_of_the_command_are_reaped_while_it_runs() {
     assert_eq!(ended.code, 0, "{ended:?}");
     // Process 1 is the tool, and its child is the command's parent.
     assert_eq!(notes.line("reaped"), "2");
+}
+
+/// Linux shows a process whose main thread has ended as a zombie, although its other threads run.
+#[test]
+fn a_process_whose_main_thread_has_ended_is_ended_before_the_lock_is_released() {
+    const THREADS: &str = "
+import ctypes, os, threading, time
+threading.Thread(target=time.sleep, args=(100,)).start()
+with open('left', 'w') as note:
+    note.write(f'{os.getpid()}\\n')
+ctypes.CDLL(None).pthread_exit(None)";
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    fs::write(notes.path("threads.py"), THREADS).unwrap();
+    // Outside the command's process group, it is signalled by its PID.
+    let script = "setsid \"$PYTHON\" threads.py & cat";
+    let mut command = tool(&server, &["exec", "k", "sh", "-c", script]);
+    command
+        .env("PYTHON", program("python").get_program())
+        .current_dir(notes.dir())
+        .stdin(Stdio::piped());
+    let mut tool = Run::start(command);
+    let _stdin = tool.take_stdin();
+    let left = Path::new("/proc").join(notes.line("left"));
+    wait_until("its main thread has ended", PATIENCE, || {
+        fs::read_to_string(left.join("status")).unwrap().contains("State:\tZ")
+    });
+    tool.signal(Signal::TERM);
+    let ended = tool.end();
+    assert_eq!(ended.code, 143, "{ended:?}");
+    assert!(!left.exists());
+    assert!(!is_held(&server, "k"));
+}
+
+/// Once the command was reaped, its PID may become that of another process, and its group's ID
+/// that of another group.
+#[test]
+fn a_process_that_reuses_the_pid_of_the_command_is_not_killed() {
+    const COMMAND: &str = "
+        setsid sh -c 'trap \"\" TERM; echo $$ > deaf; exec sleep 100' &
+        echo $$ > leader
+        wait";
+    // The first process of a PID namespace, which can choose the next PID. It kills the front of
+    // the tool, so that the keeper kills what is left of the command.
+    const SCRIPT: &str = "
+        \"$TOOL\" exec --kill-after 1h k sh command.sh &
+        tool=$!
+        until [ -s deaf ] && [ -s leader ]; do sleep 0.01; done
+        read deaf < deaf
+        read leader < leader
+        kill -TERM $tool
+        while [ -e /proc/$leader ]; do sleep 0.01; done
+        echo $((leader - 1)) > /proc/sys/kernel/ns_last_pid
+        setsid sleep 100 &
+        stranger=$!
+        until [ \"$(tr -d '\\0' < /proc/$stranger/cmdline)\" = sleep100 ]; do :; done
+        kill -KILL $tool
+        while [ -e /proc/$deaf ]; do sleep 0.01; done
+        echo $stranger > stranger
+        grep -q '^State:.[RSD]' /proc/$stranger/status && echo alive || echo killed";
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    fs::write(notes.path("command.sh"), COMMAND).unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--pid", "--fork", "--mount-proc"])
+        .args((!geteuid().is_root()).then_some("--map-root-user"))
+        .args(["sh", "-c", SCRIPT])
+        .env("TOOL", bare(&[]).get_program())
+        .env("SHARDLOCK_SHARDS", server.url())
+        .current_dir(notes.dir());
+    let ended = run(command);
+    assert_eq!(notes.line("stranger"), notes.line("leader"));
+    assert_eq!(ended.stdout, "alive\n", "{ended:?}");
 }
 
 /// Runs the tool as a user who may not signal root's processes, with a command that becomes root.
