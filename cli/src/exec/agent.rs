@@ -203,7 +203,9 @@ impl AgentRequest {
         }
         let address = ConnectionAddr::Unix(self.socket.clone()).into_connection_info()?;
         let client = Client::open(address.set_redis_settings(settings))?;
+        // The time to wait also limits how long an agent may take to answer the greeting.
         let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(None)
             .set_response_timeout(None)
             .set_push_sender(pushes);
         client.get_multiplexed_async_connection_with_config(&config).await

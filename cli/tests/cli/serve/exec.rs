@@ -401,3 +401,21 @@ fn password_of_the_agent_comes_from_a_file_or_the_environment() {
     let ended = run(bare(&["exec", "--agent-password-file", &right, "k", "true"]));
     assert_eq!(ended.code, 64, "{ended:?}");
 }
+
+#[test]
+fn an_agent_that_is_stopped_for_a_while_is_waited_for() {
+    /// Longer than the client library waits for a greeting by default.
+    const STOPPED: Duration = Duration::from_secs(2);
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    agent.signal(Signal::STOP);
+    let mut running = Run::start(exec(&agent, &["k", "true"]));
+    let started = Instant::now();
+    wait_until("the tool has waited", PATIENCE, || {
+        assert!(running.is_running(), "{:?}", running.end());
+        started.elapsed() > STOPPED
+    });
+    agent.signal(Signal::CONT);
+    let ended = running.end();
+    assert_eq!(ended.code, 0, "{ended:?}");
+}
