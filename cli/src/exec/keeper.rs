@@ -88,6 +88,7 @@ impl Keeper {
         let admin_failure = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
         let admin = args.metrics.bind().map_err(admin_failure)?;
 
+        let (started, limit) = (Instant::now(), config.timeout);
         let locks = tokio::select! {
             connected = connect(config, args) => connected?,
             code = events.wait_for_termination() => {
@@ -98,10 +99,12 @@ impl Keeper {
         let server = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
         // Serve until the end of this function.
         let _server = server.map_err(admin_failure)?;
+        // The time to connect counts as waiting.
+        let left = limit.map(|limit| limit.saturating_sub(started.elapsed()));
         // Dropping the request gives up the place in the queue. `shutdown` waits until the server
         // confirms it.
         let acquired = tokio::select! {
-            acquired = acquire(&locks, work, args) => acquired.map_err(Failure::from),
+            acquired = acquire(&locks, work, args, left) => acquired.map_err(Failure::from),
             code = events.wait_for_termination() => Ok(Acquisition::Interrupted(code)),
             never = log_waiting(work) => match never {},
         };
@@ -158,8 +161,8 @@ impl Keeper {
 }
 
 /// Connects to the shards. If there is a timeout, retries until it has passed, so a shorter outage
-/// only costs time. The time that remains is left for the lock.
-async fn connect(mut config: Config, args: &Args) -> Result<LockManager, Failure> {
+/// only costs time.
+async fn connect(config: Config, args: &Args) -> Result<LockManager, Failure> {
     let started = Instant::now();
     let limit = config.timeout.filter(|_| !args.nonblock);
     let (mut backoff, mut is_first) = (retries(), true);
@@ -169,17 +172,15 @@ async fn connect(mut config: Config, args: &Args) -> Result<LockManager, Failure
             connected => return connected.map_err(|error| args.shards.connect_failure(&error)),
         };
         let pause = backoff.next_delay();
-        let left = limit.and_then(|limit| limit.checked_sub(started.elapsed() + pause));
-        let Some(left) = left.filter(|left| !left.is_zero()) else {
+        if limit.is_none_or(|limit| started.elapsed() + pause >= limit) {
             let what = exit::describe_after(&error, started.elapsed());
             return Err(Failure::new(exit::UNAVAILABLE, anyhow::Error::msg(what)));
-        };
+        }
         if is_first {
             tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "can't connect; retrying until the timeout has passed");
         }
         is_first = false;
         tokio::time::sleep(pause).await;
-        config.timeout = Some(left);
     }
 }
 
@@ -246,11 +247,16 @@ impl Acquisition {
     }
 }
 
-async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Acquisition, LockError> {
+async fn acquire(
+    locks: &LockManager,
+    work: &Work<'_>,
+    args: &Args,
+    limit: Option<Duration>,
+) -> Result<Acquisition, LockError> {
     let guard = if args.nonblock {
         in_mode!(locks.try_lock_all(&work.keys), args).await?
     } else {
-        match in_mode!(locks.lock_all(&work.keys), args).await {
+        match in_mode!(locks.lock_all(&work.keys), args).timeout(limit).await {
             Err(error) if error.is_timeout() => {
                 return Ok(Acquisition::NotAcquired {
                     reason: exit::describe_error(&error),

@@ -127,6 +127,26 @@ fn retries_to_connect_count_as_waiting() {
 }
 
 #[test]
+fn time_to_connect_counts_as_waiting() {
+    const LIMIT: Duration = Duration::from_secs(8);
+    const STOPPED: Duration = Duration::from_secs(5);
+    let server = RedisServer::start();
+    let _holder = Holder::with(&server, &[&PATIENT[..], &["--ttl", "5m"]].concat(), "k");
+    server.stop();
+    let mut waiting = Run::start(patient(&server, &["exec", "-w", "8s", "k", "true"]));
+    let started = Instant::now();
+    wait_until("the tool has waited for the server", PATIENCE, || {
+        assert!(waiting.is_running(), "{:?}", waiting.end());
+        started.elapsed() >= STOPPED
+    });
+    server.cont();
+    let ended = waiting.end();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    let waited = started.elapsed();
+    assert!(waited < LIMIT + STOPPED, "{waited:?}");
+}
+
+#[test]
 fn files_of_the_environment_that_are_missing_are_no_mistake_of_the_command_line() {
     let server = RedisServer::start();
     let mut command = tool(&server, &["exec", "k", "--", "true"]);
