@@ -67,6 +67,7 @@ impl Agent {
 }
 
 /// Waits for phases.
+#[derive(Clone)]
 pub(super) struct Phases(watch::Receiver<Phase>);
 
 impl Phases {

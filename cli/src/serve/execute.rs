@@ -1,7 +1,9 @@
 //! Executing commands and writing their replies.
 
 use std::io;
+use std::sync::Arc;
 
+use shardlock::LockKey;
 use shardlock::error::LockErrorKind;
 
 use super::acquire::error_reply;
@@ -23,12 +25,9 @@ impl Session {
         }
         match command {
             Command::Lock(lock) => return self.lock(lock).await,
-            Command::Unlock(id) => self.unlock(&id).await,
+            Command::Unlock(id) => self.unlock(&id).await?,
             Command::Held(id) => self.held(&id),
-            Command::Inspect(key) => match self.agent.locks.inspect(&key).await {
-                Ok(state) => describe::key_state(&mut self.replies, &self.agent, &key, &state),
-                Err(error) => self.replies.error(&error_reply(&error)),
-            },
+            Command::Inspect(key) => self.inspect(&key).await?,
             Command::Info => self.replies.bulk(describe::info(&self.agent)),
             Command::Ping(None) => self.replies.simple("PONG"),
             Command::Ping(Some(text)) | Command::Echo(text) => self.replies.bulk(text),
@@ -54,12 +53,12 @@ impl Session {
     }
 
     /// Replies 1 if the lock was held until now, by any connection, and 0 otherwise.
-    async fn unlock(&mut self, id: &LockId) {
+    async fn unlock(&mut self, id: &LockId) -> io::Result<()> {
         let Some(held) = self.agent.held.remove(id) else {
             self.replies.integer(0);
-            return;
+            return Ok(());
         };
-        let released = held.guard.release().await;
+        let released = self.answer(held.guard.release()).await?;
         // The connection that was granted the lock replies first: nobody works until its client
         // knows, and the client of this connection would compete with it for the processor.
         tokio::task::yield_now().await;
@@ -72,6 +71,16 @@ impl Session {
                 _ => self.replies.error(&error_reply(&error)),
             },
         }
+        Ok(())
+    }
+
+    async fn inspect(&mut self, key: &LockKey) -> io::Result<()> {
+        let agent = Arc::clone(&self.agent);
+        match self.answer(agent.locks.inspect(key)).await? {
+            Ok(state) => describe::key_state(&mut self.replies, &agent, key, &state),
+            Err(error) => self.replies.error(&error_reply(&error)),
+        }
+        Ok(())
     }
 
     /// Replies for how many milliseconds a lock is certainly held.

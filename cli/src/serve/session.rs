@@ -3,10 +3,10 @@
 //! # Implementation details
 //!
 //! One task serves a connection and executes its commands one after the other, so replies come in
-//! the order of the commands. While a LOCK waits, the task keeps reading, up to the longest
-//! request, to notice that the client has closed the connection. Then the wait is cancelled, which
-//! gives up the place in the queue. Once as many bytes are buffered, it waits for the end of the
-//! connection without reading.
+//! the order of the commands. While a command waits, for a lock or for the answer of a shard, the
+//! task keeps reading, up to the longest request, to notice that the client has closed the
+//! connection. Then the locks of the connection are given up, and so is the place in the queue.
+//! Once as many bytes are buffered, it waits for the end of the connection without reading.
 //!
 //! What is buffered in either direction is bounded: commands are executed only while replies can
 //! be sent. However the task ends, dropping the session gives up all locks of the connection.
@@ -16,8 +16,9 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use shardlock::{LockGuard, LossReason};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout, timeout_at};
 
+use super::FAREWELL;
 use super::acquire::{acquire, error_reply};
 use super::agent::{Agent, Phase, Phases};
 use super::clients::Client;
@@ -40,6 +41,8 @@ pub(super) struct Session {
     requests: Requests,
     losses: Losses,
     phases: Phases,
+    /// When the client must have authenticated.
+    auth_deadline: Instant,
     /// Whether the client sends nothing more.
     is_closed: bool,
 }
@@ -49,6 +52,15 @@ pub(super) struct Session {
 pub(super) enum Flow {
     Continue,
     Close,
+}
+
+/// What happened on a connection while a command waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Attended {
+    /// A loss was reported, or bytes were sent or received.
+    Event,
+    /// The client has closed the connection, or its sending side.
+    End,
 }
 
 /// How a request for a lock ended.
@@ -68,6 +80,7 @@ impl Session {
             is_authenticated: !agent.access.needs_password(),
             requests: Requests::new(agent.limits.request_bytes_max()),
             phases: agent.phases(),
+            auth_deadline: Instant::now() + agent.limits.auth_timeout,
             agent,
             client,
             stream,
@@ -88,10 +101,9 @@ impl Session {
     }
 
     async fn serve(&mut self) -> io::Result<()> {
-        let auth_deadline = Instant::now() + self.agent.limits.auth_timeout;
         loop {
             if self.execute_received().await? == Flow::Close {
-                return self.flush().await;
+                return self.farewell().await;
             }
             self.flush().await?;
             if self.is_closed {
@@ -103,15 +115,18 @@ impl Session {
                 }
                 (id, reason) = self.losses.next() => self.report_loss(&id, reason),
                 () = self.phases.reached(Phase::Stopping) => return self.flush_losses().await,
-                () = tokio::time::sleep_until(auth_deadline), if !self.is_authenticated => {
-                    let limit = humantime::format_duration(self.agent.limits.auth_timeout);
-                    self.replies.error(&format!(
-                        "LIMIT the connection did not authenticate within {limit} (--auth-timeout)"
-                    ));
-                    return self.flush().await;
+                () = tokio::time::sleep_until(self.auth_deadline), if !self.is_authenticated => {
+                    let error = self.not_authenticated();
+                    self.replies.error(&error);
+                    return self.farewell().await;
                 }
             }
         }
+    }
+
+    fn not_authenticated(&self) -> String {
+        let limit = humantime::format_duration(self.agent.limits.auth_timeout);
+        format!("LIMIT the connection did not authenticate within {limit} (--auth-timeout)")
     }
 
     /// Executes all commands that were received completely.
@@ -149,13 +164,77 @@ impl Session {
         }
     }
 
-    /// Sends all replies.
+    /// Sends all replies. A client that has not authenticated must read them in time.
     async fn flush(&mut self) -> io::Result<()> {
+        if self.is_authenticated {
+            return self.send_all().await;
+        }
+        let sent = timeout_at(self.auth_deadline, self.send_all()).await;
+        sent.unwrap_or_else(|_| Err(timed_out(&self.not_authenticated())))
+    }
+
+    /// Sends the last replies. A client that does not read them keeps neither the connection nor
+    /// its locks.
+    async fn farewell(&mut self) -> io::Result<()> {
+        let sent = timeout(FAREWELL, self.send_all()).await;
+        sent.unwrap_or_else(|_| Err(timed_out("the client does not read its last replies")))
+    }
+
+    async fn send_all(&mut self) -> io::Result<()> {
         while !self.replies.unsent().is_empty() {
             let count = self.stream.send(self.replies.unsent()).await?;
             self.replies.sent(count);
         }
         Ok(())
+    }
+
+    /// Waits for the answer of a shard. If the client closes the connection meanwhile, its locks
+    /// are released at once. The answer is still waited for, since a client that has closed only
+    /// its sending side reads the reply.
+    pub(super) async fn answer<T>(&mut self, answer: impl Future<Output = T>) -> io::Result<T> {
+        let mut answer = pin!(answer);
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut answer => return Ok(answer),
+                attended = self.attend(), if !self.is_closed => {
+                    if attended? == Attended::End {
+                        self.release_all();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Does the next thing that the connection needs while a command waits.
+    ///
+    /// Cancel safe.
+    async fn attend(&mut self) -> io::Result<Attended> {
+        tokio::select! {
+            (id, reason) = self.losses.next() => self.report_loss(&id, reason),
+            sent = self.stream.send(self.replies.unsent()), if !self.replies.unsent().is_empty() => {
+                self.replies.sent(sent?);
+            }
+            received = read_ahead(&self.stream, &mut self.requests, self.is_closed) => {
+                if received? == Received::End {
+                    self.is_closed = true;
+                    return Ok(Attended::End);
+                }
+            }
+        }
+        Ok(Attended::Event)
+    }
+
+    /// Gives up all locks of the connection.
+    fn release_all(&self) {
+        // Dropping a guard releases it: to the next waiter of this host at once, to one of another
+        // host by the manager's thread.
+        let released = self.agent.held.remove_client(self.client.id).len();
+        if released > 0 {
+            self.agent.metrics.disconnect_releases.increment(released as u64);
+            let peer = self.client.peer;
+            tracing::info!(client = self.client.id, %peer, released, "the locks of a client were released");
+        }
     }
 
     pub(super) async fn lock(&mut self, lock: Lock) -> io::Result<Flow> {
@@ -181,12 +260,13 @@ impl Session {
         const DRAINING: &str = "UNAVAILABLE the agent is shutting down and grants no lock; try again \
                                 later";
         let (agent, client) = (Arc::clone(&self.agent), Arc::clone(&self.client));
+        let mut phases = self.phases.clone();
         let _waiting = client.waits_for(lock, &agent.metrics.waiters);
         let mut acquiring = pin!(acquire(&agent, lock));
         loop {
             tokio::select! {
                 biased;
-                () = self.phases.reached(Phase::Draining) => {
+                () = phases.reached(Phase::Draining) => {
                     return Ok(Acquired::Failed(DRAINING.to_owned()));
                 }
                 acquired = &mut acquiring => return Ok(match acquired {
@@ -194,13 +274,8 @@ impl Session {
                     Ok(None) => Acquired::No,
                     Err(error) => Acquired::Failed(error_reply(&error)),
                 }),
-                (id, reason) = self.losses.next() => self.report_loss(&id, reason),
-                sent = self.stream.send(self.replies.unsent()), if !self.replies.unsent().is_empty() => {
-                    self.replies.sent(sent?);
-                }
-                received = read_ahead(&self.stream, &mut self.requests, self.is_closed) => {
-                    if received? == Received::End {
-                        self.is_closed = true;
+                attended = self.attend() => {
+                    if attended? == Attended::End {
                         return Ok(Acquired::ClientGone);
                     }
                 }
@@ -253,16 +328,13 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // Dropping a guard releases it: to the next waiter of this host at once, to one of another
-        // host by the manager's thread.
-        let released = self.agent.held.remove_client(self.client.id).len();
+        self.release_all();
         self.agent.clients.remove(self.client.id);
-        if released > 0 {
-            self.agent.metrics.disconnect_releases.increment(released as u64);
-            let peer = self.client.peer;
-            tracing::info!(client = self.client.id, %peer, released, "the locks of a client were released");
-        }
     }
+}
+
+fn timed_out(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, what)
 }
 
 /// Receives what the client sends next. There must be room.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use redis::{PushKind, Value};
 use support::resp::encoded;
-use support::{RedisServer, worker};
+use support::{RedisServer, RespClient, worker};
 
 use super::{Agent, TTL};
 use crate::tool::{Holder, Run, is_held, tool, wait_until_waiting};
@@ -153,4 +153,74 @@ fn a_loss_is_pushed_while_the_connection_waits_for_another_lock() {
     let push = client.reply();
     assert!(matches!(&push, Value::Push { data, .. } if data.len() == 3), "{push:?}");
     agent.wait_until_waiting(1);
+}
+
+/// The leases last longer than the test, and so does the wait for the server.
+const SLOW: [&str; 4] = ["--set", "ttl=5m", "--set", "store_timeout=60s"];
+
+/// Sends a command for which the agent needs the server. The connection holds `k` and `l`.
+#[track_caller]
+fn send_command(client: &mut RespClient, name: &str, token_of_l: i64) {
+    match name {
+        "UNLOCK" => client.send(&["UNLOCK", "l", &token_of_l.to_string()]),
+        name => client.send(&[name, "k"]),
+    }
+}
+
+#[test]
+fn locks_of_a_client_that_disconnects_end_while_its_command_waits_for_the_server() {
+    for name in ["INSPECT", "UNLOCK"] {
+        let server = RedisServer::start();
+        let agent = Agent::with(&server, &SLOW);
+        let (mut holder, mut next) = (agent.connect(), agent.connect());
+        holder.integer(&["LOCK", "k"]);
+        let token = holder.integer(&["LOCK", "l"]);
+        next.send(&["LOCK", "k"]);
+        agent.wait_until_waiting(1);
+
+        server.stop();
+        send_command(&mut holder, name, token);
+        drop(holder);
+        // In the agent, the locks end although the server does not answer.
+        agent.wait_until_free();
+        server.cont();
+        let reply = next.reply();
+        assert!(matches!(reply, Value::Int(_)), "{name}: {reply:?}");
+    }
+}
+
+#[test]
+fn a_loss_is_pushed_while_a_command_waits_for_the_server() {
+    for name in ["INSPECT", "UNLOCK"] {
+        let server = RedisServer::start();
+        let agent = Agent::with(&server, &SLOW);
+        let mut client = agent.connect_resp3();
+        let token = client.integer(&["LOCK", "l"]);
+        client.integer(&["LOCK", "k", "MAXHOLD", "500"]);
+
+        server.stop();
+        send_command(&mut client, name, token);
+        let push = client.reply();
+        assert!(
+            matches!(&push, Value::Push { data, .. } if data.len() == 3),
+            "{name}: {push:?}"
+        );
+        server.cont();
+    }
+}
+
+#[test]
+fn a_client_that_has_closed_its_sending_side_gets_the_reply_of_the_server() {
+    let server = RedisServer::start();
+    let agent = Agent::start(&server);
+    let mut client = agent.connect();
+    let token = client.integer(&["LOCK", "l"]).to_string();
+    client.integer(&["LOCK", "k"]);
+    server.stop();
+    client.send(&["UNLOCK", "l", &token]);
+    client.close_sending();
+    // The other one ends with the input.
+    agent.wait_until_free();
+    server.cont();
+    assert_eq!(client.rest(), ":1\r\n");
 }

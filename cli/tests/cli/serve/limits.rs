@@ -1,6 +1,7 @@
 //! Each limit has an error of its own.
 
 use std::fs;
+use std::time::Duration;
 
 use redis::Value;
 use support::{PATIENCE, RedisServer, wait_until};
@@ -102,6 +103,26 @@ fn the_time_until_a_client_authenticates_is_limited() {
     );
     // The one that did may be idle.
     assert_eq!(client.text(&["PING"]), "PONG");
+}
+
+#[test]
+fn a_client_that_reads_no_replies_must_authenticate_in_time_too() {
+    let server = RedisServer::start();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("password");
+    fs::write(&file, "secret").unwrap();
+    let agent = Agent::with(
+        &server,
+        &["--password-file", file.to_str().unwrap(), "--auth-timeout", "300ms"],
+    );
+    let mut client = agent.connect();
+    assert_eq!(client.text(&["AUTH", "secret"]), "OK");
+    let mut deaf = agent.connect();
+    // The agent sends more than the system buffers for a connection.
+    deaf.send_bytes_within(&b"PING\r\n".repeat(100_000), Duration::from_millis(100));
+    wait_until("its connection is closed", PATIENCE, || {
+        client.text(&["INFO"]).contains("connected_clients:1\r\n")
+    });
 }
 
 /// As many as the default allows, while the test itself may open enough files.
