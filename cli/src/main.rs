@@ -114,12 +114,23 @@ fn run(command: Command) -> Result<u8, Failure> {
 /// `exec` depends on this: the kernel ties its child to the *thread* that started it, and the main
 /// thread lives as long as the process.
 fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
-    tokio::runtime::Builder::new_current_thread()
+    run_until_done(&mut tokio::runtime::Builder::new_current_thread(), command)
+}
+
+/// Runs a command on a runtime of its own, and does not wait for what it has left behind: a lookup
+/// of a host name can take much longer than any limit of the command.
+fn run_until_done(
+    builder: &mut tokio::runtime::Builder,
+    command: impl Future<Output = Result<u8, Failure>>,
+) -> Result<u8, Failure> {
+    let runtime = builder
         .enable_all()
         .build()
         .context("the asynchronous runtime could not be started")
-        .map_err(Failure::system)?
-        .block_on(command)
+        .map_err(Failure::system)?;
+    let outcome = runtime.block_on(command);
+    runtime.shutdown_background();
+    outcome
 }
 
 fn log_to_stderr(command: &Command) {

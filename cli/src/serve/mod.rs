@@ -41,7 +41,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use rustix::process::Signal;
 use tokio::runtime;
 use tokio::signal::unix::{self, SignalKind};
@@ -74,13 +74,8 @@ pub(crate) fn run(args: Args) -> Result<u8, Failure> {
         1 => runtime::Builder::new_current_thread(),
         _ => runtime::Builder::new_multi_thread(),
     };
-    let runtime = builder
-        .worker_threads(usize::from(args.threads))
-        .enable_all()
-        .build()
-        .context("the asynchronous runtime could not be started")
-        .map_err(Failure::system)?;
-    runtime.block_on(serve(args))
+    builder.worker_threads(usize::from(args.threads));
+    crate::run_until_done(&mut builder, serve(args))
 }
 
 async fn serve(args: Args) -> Result<u8, Failure> {

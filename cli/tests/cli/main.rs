@@ -19,6 +19,8 @@ mod kinds;
 mod ls;
 mod security;
 mod serve;
+#[cfg(target_os = "linux")]
+mod slow_lookup;
 mod tool;
 mod top;
 
