@@ -96,9 +96,14 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
 
     /// Halves every count, so that old contention carries little weight. The order is preserved. So
     /// are the bounds, relative to halved true counts. Bounds are rounded up, so they are never too
-    /// small.
+    /// small. Only a count of 1 is forgotten, and so is its key: it would stay for ever.
     pub(super) fn halve(&mut self, mut each: impl FnMut(&mut V)) {
         for counter in &mut self.counters {
+            if counter.count <= 1 {
+                (counter.count, counter.overcount_max) = (0, 0);
+                counter.value = V::default();
+                continue;
+            }
             counter.count = counter.count.div_ceil(2);
             counter.overcount_max = counter.overcount_max.div_ceil(2);
             each(&mut counter.value);
@@ -107,12 +112,15 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
 
     /// All kept keys in no particular order.
     pub(super) fn kept(&self) -> impl Iterator<Item = Kept<'_, K, V>> {
-        self.counters.iter().map(|counter| Kept {
-            key: &counter.key,
-            count: counter.count,
-            overcount_max: counter.overcount_max,
-            value: &counter.value,
-        })
+        self.counters
+            .iter()
+            .filter(|counter| counter.count > 0)
+            .map(|counter| Kept {
+                key: &counter.key,
+                count: counter.count,
+                overcount_max: counter.overcount_max,
+                value: &counter.value,
+            })
     }
 
     fn count_at(&self, at: usize) -> u64 {
@@ -206,6 +214,21 @@ mod tests {
             let mut hottest: Vec<_> = kept.iter().rev().take(3).map(|&(_, key)| key).collect();
             hottest.sort_unstable();
             prop_assert_eq!(hottest, [0, 1, 2]);
+        }
+
+        #[test]
+        fn key_that_is_not_seen_any_more_is_forgotten(count in 1_u64..1_000_000) {
+            let mut sketch: Sketch<u32, u64> = Sketch::new(5);
+            *sketch.add(&1, count) += count;
+            for _ in 0..=count.ilog2() + 1 {
+                prop_assert_eq!(sketch.kept().count(), 1);
+                sketch.halve(|value| *value /= 2);
+                if sketch.kept().count() == 0 {
+                    break;
+                }
+            }
+            prop_assert_eq!(sketch.kept().count(), 0);
+            prop_assert_eq!(*sketch.add(&1, 1), 0);
         }
 
         #[test]
