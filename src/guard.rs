@@ -107,7 +107,8 @@ impl LockGuard {
     }
 
     /// Returns the fencing token of this acquisition. It is larger than that of every earlier
-    /// acquisition of this key. Send it along with every write that the lock protects.
+    /// acquisition of this key that excludes this one: see [`FencingToken`]. Send it along with
+    /// every write that the lock protects.
     #[must_use]
     pub const fn token(&self) -> FencingToken {
         self.token
@@ -136,14 +137,14 @@ impl LockGuard {
     /// after a pause.
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.lease.loss_at(Moment::now()).is_none()
+        self.lease.check(Moment::now()).is_none()
     }
 
     /// Returns how long the lock is certainly held if no further renewal succeeds; zero after a
     /// loss.
     #[must_use]
     pub fn remaining(&self) -> Duration {
-        self.lease.remaining(Moment::now())
+        self.lease.check_remaining(Moment::now())
     }
 
     /// Waits until the lock is lost and returns the reason. Does not complete while the lock is

@@ -6,6 +6,7 @@ use tokio::sync::Notify;
 
 use crate::clock::Moment;
 use crate::error::LossReason;
+use crate::foreign::WAKERS;
 use crate::protocol::Cycle;
 use crate::sync::{AtomicU8, AtomicU64, Ordering};
 
@@ -84,12 +85,32 @@ impl Lease {
             .or_else(|| (now >= self.valid_until()).then_some(LossReason::Expired))
     }
 
+    /// The same for the holder, who acts on the answer: an expiry that was reported once stays, and
+    /// the answer to a renewal does not make the lease valid again. Wakes the tasks that wait for
+    /// the loss, so no lock may be held.
+    pub(crate) fn check(&self, now: Moment) -> Option<LossReason> {
+        let reason = self.loss_at(now)?;
+        if self.loss().is_none() {
+            self.lose(reason);
+            WAKERS.call(|| self.notify_of_loss());
+        }
+        self.loss()
+    }
+
     /// The remaining validity at `now`; zero after a loss.
     pub(crate) fn remaining(&self, now: Moment) -> Duration {
         if self.loss().is_some() {
             Duration::ZERO
         } else {
             self.valid_until().since(now)
+        }
+    }
+
+    /// The same for the holder: see [`check`](Self::check).
+    pub(crate) fn check_remaining(&self, now: Moment) -> Duration {
+        match self.check(now) {
+            Some(_) => Duration::ZERO,
+            None => self.remaining(now),
         }
     }
 
@@ -107,7 +128,7 @@ impl Lease {
             // Registered before the check, so that a loss between the check and the wait is not
             // missed.
             loss_notify.as_mut().enable();
-            if let Some(reason) = self.loss_at(Moment::now()) {
+            if let Some(reason) = self.check(Moment::now()) {
                 return reason;
             }
             loss_notify.await;
@@ -164,6 +185,34 @@ mod tests {
             assert_eq!((lease.loss(), lease.loss_at(at(500))), (Some(reason), Some(reason)));
             assert_eq!(lease.remaining(at(500)), Duration::ZERO);
         }
+    }
+
+    #[test]
+    fn expiry_that_its_holder_has_seen_is_not_undone_by_an_extension() {
+        let lease = lease(at(1_000));
+        assert_eq!(lease.loss_at(at(1_000)), Some(LossReason::Expired));
+        lease.extend(at(2_000), TTL);
+        assert_eq!(lease.check(at(1_000)), None, "nobody has acted on it");
+        assert_eq!(lease.check_remaining(at(2_000)), Duration::ZERO);
+        lease.extend(at(3_000), TTL);
+        assert_eq!(lease.check(at(2_500)), Some(LossReason::Expired));
+        assert_eq!(lease.remaining(at(2_500)), Duration::ZERO);
+        lease.lose(LossReason::Taken);
+        assert_eq!(lease.check(at(2_500)), Some(LossReason::Expired));
+    }
+
+    /// Another task asked whether the lease is valid.
+    #[tokio::test]
+    async fn expiry_that_was_seen_wakes_those_that_wait_for_it() {
+        let lease = lease(Moment::now() + Duration::from_secs(3_600));
+        let asking = async {
+            yield_now().await;
+            let end = lease.valid_until();
+            assert_eq!(lease.check(end), Some(LossReason::Expired));
+        };
+        let both = async { tokio::join!(lease.lost(), asking).0 };
+        let lost = tokio::time::timeout(Duration::from_secs(20), both).await;
+        assert_eq!(lost, Ok(LossReason::Expired));
     }
 
     /// Operators see how close a lease came to its end, as a fraction of its latest TTL.
@@ -231,6 +280,18 @@ mod models {
             losing.join().unwrap();
             extending.join().unwrap();
             assert_eq!(lease.loss_at(at(500)), Some(LossReason::Taken));
+        });
+    }
+
+    /// A renewal may be answered while the holder sees that the lease has expired.
+    #[test]
+    fn expiry_that_its_holder_has_seen_is_not_undone_by_an_extension() {
+        loom::model(|| {
+            let lease = Arc::new(Lease::new(Cycle::of(2), at(1_000), TTL));
+            let extending = beside(&lease, |lease| lease.extend(at(2_000), TTL));
+            let seen = lease.check(at(1_000));
+            extending.join().unwrap();
+            assert_eq!(lease.check(at(1_000)), seen);
         });
     }
 

@@ -65,7 +65,7 @@ impl Hold {
     /// started.
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        !self.is_over() && self.0.lease.loss_at(Moment::now()).is_none()
+        !self.is_over() && self.0.lease.check(Moment::now()).is_none()
     }
 
     /// Returns how long the lock is certainly held if no further renewal succeeds; zero once it was
@@ -75,7 +75,7 @@ impl Hold {
         if self.is_over() {
             Duration::ZERO
         } else {
-            self.0.lease.remaining(Moment::now())
+            self.0.lease.check_remaining(Moment::now())
         }
     }
 

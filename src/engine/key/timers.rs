@@ -52,8 +52,8 @@ impl<W> Queue<W> {
                 let kept_for_long_enough = held
                     .lingers_until()
                     .is_some_and(|until| cx.now + held.linger.time() / LINGER_EARLY >= until);
-                if cx.now >= held.lease.valid_until() {
-                    self.lose(LossReason::Expired, cx, &mut effects);
+                if let Some(reason) = held.lease.loss_at(cx.now) {
+                    self.lose(reason, cx, &mut effects);
                 } else if held_for_too_long {
                     self.lose(LossReason::MaxHold, cx, &mut effects);
                 } else if kept_for_long_enough {
