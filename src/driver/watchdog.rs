@@ -41,9 +41,9 @@ pub(crate) async fn keep_alive(shard: Arc<Shard>) {
         tokio::select! {
             () = due(&shard, next_scan) => {
                 let began = Instant::now();
-                let (due, shortest) = scan(&shard);
-                renewals_due.add(due);
-                next_scan = Instant::now() + pause(began.elapsed(), shortest);
+                let pass = scan(&shard);
+                next_scan = Instant::now() + pass.pause(began.elapsed(), Moment::now());
+                renewals_due.add(pass.due);
             }
             Some(ended) = renewals.join_next(), if !renewals.is_empty() => match ended {
                 Ok(in_time) => renewals_due.ended(in_time),
@@ -67,29 +67,47 @@ async fn due(shard: &Shard, next_scan: Instant) {
     shard.next_deadline.due().await;
 }
 
-/// How long to pause after a pass: a pass over many keys must leave most of the time to the
-/// renewals it finds. The pause is limited to a fraction of the shortest TTL.
-fn pause(took: Duration, shortest: Duration) -> Duration {
-    SCAN_EVERY_MIN.max((4 * took).min(shortest / 20))
+/// What a pass over all keys has found.
+struct Pass {
+    /// The leases that are due for renewal, each with its key.
+    due: Vec<Due<(Arc<Entry>, Renewal)>>,
+    /// The shortest TTL of all leases.
+    shortest: Duration,
+    /// When the first lease with a guard ends, unless it is renewed.
+    first_end: Option<Moment>,
 }
 
-/// A lease that is due for renewal, and its key.
-type DueRenewal = Due<(Arc<Entry>, Renewal)>;
+impl Pass {
+    /// How long to pause afterwards: a pass over many keys must leave most of the time to the
+    /// renewals it finds. The pause is limited to a fraction of the shortest TTL, and it lasts at
+    /// most until a guard has to learn that its lease has ended: the server may pass the key on
+    /// shortly after.
+    fn pause(&self, took: Duration, now: Moment) -> Duration {
+        let until_first_end = self.first_end.map_or(Duration::MAX, |end| end.since(now));
+        let pause = (4 * took).min(self.shortest / 20).min(until_first_end);
+        pause.max(SCAN_EVERY_MIN)
+    }
+}
 
-/// Applies the passage of time to every key. Returns the leases due for renewal, and the shortest
-/// TTL of all leases.
-fn scan(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
+/// Applies the passage of time to every key.
+fn scan(shard: &Arc<Shard>) -> Pass {
     // Reset first, so that deadlines set by tasks during the pass are kept.
     shard.next_deadline.reset();
-    let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);
+    let mut pass = Pass {
+        due: Vec::new(),
+        shortest: Duration::MAX,
+        first_end: None,
+    };
     for entry in shard.entries() {
         let mut renewals = Vec::new();
         entry.apply_in_background(|queue, cx| {
             let effects = queue.tick(cx);
             renewals.extend(std::iter::from_fn(|| queue.renewal(cx)));
             if let Some(ttl) = queue.ttl() {
-                shortest = shortest.min(ttl);
+                pass.shortest = pass.shortest.min(ttl);
             }
+            let ends = queue.guards().map(|(lease, _)| lease.valid_until());
+            pass.first_end = ends.chain(pass.first_end).min();
             effects
         });
         for (cycle, ttl, late) in renewals {
@@ -97,10 +115,11 @@ fn scan(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
             shard.metrics.renewal_lag.record(late.as_secs_f64());
             let key = entry.key.clone();
             let what = (Arc::clone(&entry), Renewal { key, cycle, ttl });
-            all_due.push(Due::new(what, ttl, late, &shard.manager.rules, Moment::now()));
+            pass.due
+                .push(Due::new(what, ttl, late, &shard.manager.rules, Moment::now()));
         }
     }
-    (all_due, shortest)
+    pass
 }
 
 /// Renews a batch and reports the results to the queues. Returns whether the store replied for all
@@ -149,4 +168,42 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
         entry.receive(cycle, StoreEvent::RenewalReply { ttl, sent_at, reply });
     }
     in_time
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Regression: with many keys, a pause could last longer than the time between the end of a
+    /// lease here and at the server, and a guard learned of its loss after the next holder entered.
+    #[test]
+    fn pause_after_a_pass_ends_with_the_first_lease() {
+        let now = Moment::now();
+        let pause = |took: u64, first_end: Option<u64>| {
+            let pass = Pass {
+                due: Vec::new(),
+                shortest: Duration::from_secs(10),
+                first_end: first_end.map(|millis| now + Duration::from_millis(millis)),
+            };
+            pass.pause(Duration::from_millis(took), now).as_millis()
+        };
+        assert_eq!([pause(0, None), pause(50, None), pause(1_000, None)], [1, 200, 500]);
+        assert_eq!(
+            [pause(50, Some(300)), pause(50, Some(30)), pause(50, Some(0))],
+            [200, 30, 1]
+        );
+    }
+
+    #[tokio::test]
+    async fn pass_finds_the_first_end_of_a_lease() {
+        let locks = crate::LockManager::connect("memory://").await.unwrap();
+        let shard = &locks.inner.shards[0];
+        assert!(scan(shard).first_end.is_none());
+        let _long = locks.lock("long").ttl(Duration::from_secs(600)).await.unwrap();
+        let short = locks.lock("short").ttl(Duration::from_secs(2)).shared().await.unwrap();
+        let seconds = || scan(shard).first_end.unwrap().since(Moment::now()).as_secs();
+        assert!(seconds() < 2);
+        drop(short);
+        assert!(seconds() > 2);
+    }
 }
