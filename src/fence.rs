@@ -1,9 +1,14 @@
-//! Fencing tokens: numbers that increase with every acquisition.
+//! Fencing tokens: numbers that increase from holder to holder.
 
 use std::fmt;
 use std::num::NonZeroU64;
 
-/// A number that is strictly larger for every later acquisition of a key.
+/// A number that is strictly larger than those of all earlier acquisitions of the key that could
+/// not have held it at the same time.
+///
+/// The token of an exclusive lock is larger than all earlier ones of its key. The token of a shared
+/// lock or of permits is larger than those of all exclusive locks before it. Among holders that may
+/// hold the key together, the order of tokens means nothing.
 ///
 /// Send the token along with each write that the lock protects, and have the resource reject a
 /// write whose token is smaller than the largest it has seen. A holder that was paused past its
