@@ -186,7 +186,7 @@ struct Opened {
 fn reachable(opened: Vec<Opened>) -> Result<Vec<Opened>, LockError> {
     let unavailable = opened.iter().filter_map(|opened| opened.unavailable.as_ref());
     for error in unavailable.clone() {
-        tracing::warn!(%error, "a shard can't be reached; its keys can't be locked until it is available");
+        crate::log::warn!(%error, "a shard can't be reached; its keys can't be locked until it is available");
     }
     match unavailable.clone().next() {
         Some(error) if unavailable.count() == opened.len() => Err(error.clone()),

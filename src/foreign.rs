@@ -15,7 +15,7 @@ pub(crate) struct Foreign {
 pub(crate) static WAKERS: Foreign = Foreign::new("a waker");
 /// The metrics recorder.
 pub(crate) static RECORDER: Foreign = Foreign::new("the metrics recorder");
-/// The log subscriber, for events logged on a path that matters more than the log.
+/// The log subscriber: see [`log`](crate::log) and [`span`](crate::span).
 pub(crate) static SUBSCRIBER: Foreign = Foreign::new("the log subscriber");
 
 impl Foreign {

@@ -184,15 +184,15 @@ impl ElectionLog {
     fn leads(self, term: &LockGuard) {
         let (key, token) = (term.key(), term.token());
         let named = self.names_keys.then_some(key);
-        tracing::info!(key = named, %token, "this process leads");
-        tracing::debug!(key, %token, "the election that this process has won");
+        crate::log::info!(key = named, %token, "this process leads");
+        crate::log::debug!(key, %token, "the election that this process has won");
     }
 
     fn failed(self, error: &LockError, what: &'static str) {
         let kind = error.kind();
         let shown = self.names_keys.then(|| display(error));
-        tracing::warn!(?kind, error = shown, "{what}");
-        tracing::debug!(%error, "{what}");
+        crate::log::warn!(?kind, error = shown, "{what}");
+        crate::log::debug!(%error, "{what}");
     }
 }
 

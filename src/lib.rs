@@ -360,6 +360,7 @@ mod late_requests;
 mod lead;
 mod lease;
 mod lock_all;
+mod log;
 mod manager;
 mod manager_inner;
 pub mod metrics;

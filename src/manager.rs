@@ -396,7 +396,7 @@ impl LockManager {
                 Ok(Ok(())) => return unreleased(usage.left_to_expire()),
                 // The background thread ended after a panic, which was logged.
                 Ok(Err(_)) => {}
-                Err(_) => tracing::warn!(
+                Err(_) => crate::log::warn!(
                     ?limit,
                     "not all leases were released in time; the rest expire on their own"
                 ),

@@ -111,9 +111,9 @@ impl Runtimes {
             tokio::select! {
                 done = run_on(app_runtime, make()) => match done {
                     Some(done) => return done,
-                    None => tracing::debug!("the application's runtime has shut down; its work continues elsewhere"),
+                    None => crate::log::debug!("the application's runtime has shut down; its work continues elsewhere"),
                 },
-                () = self.moved_since(moves) => tracing::debug!("the application's runtime is stuck; its work continues elsewhere"),
+                () = self.moved_since(moves) => crate::log::debug!("the application's runtime is stuck; its work continues elsewhere"),
             }
         }
         make().await
@@ -213,7 +213,7 @@ impl Runtimes {
                 if naps == naps_max {
                     // On an overloaded machine, this also happens to a runtime that only waits to
                     // be scheduled.
-                    tracing::info!(
+                    crate::log::info!(
                         "the runtime that the manager was connected on makes no progress; the manager's background thread does its work"
                     );
                     self.is_stuck.store(true, Ordering::Release);

@@ -93,8 +93,8 @@ impl SlowLog {
     ) {
         if let Some(suppressed) = self.waits.admit(caller, Moment::now()) {
             let (outcome, named) = (outcome.as_str(), self.key(key));
-            tracing::warn!(%shard, %caller, waited = ?time, outcome, suppressed, key = named, "slow wait for a lock");
-            tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock of the slow wait");
+            crate::log::warn!(%shard, %caller, waited = ?time, outcome, suppressed, key = named, "slow wait for a lock");
+            crate::log::debug!(%key, %shard, %caller, waited = ?time, "the lock of the slow wait");
         }
     }
 
@@ -107,8 +107,8 @@ impl SlowLog {
     pub(crate) fn held_long(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>) {
         if let Some(suppressed) = self.holds.admit(caller, Moment::now()) {
             let named = self.key(key);
-            tracing::warn!(%shard, %caller, held = ?time, suppressed, key = named, "a lock has been held for a long time");
-            tracing::debug!(%key, %shard, %caller, held = ?time, "the lock held for a long time");
+            crate::log::warn!(%shard, %caller, held = ?time, suppressed, key = named, "a lock has been held for a long time");
+            crate::log::debug!(%key, %shard, %caller, held = ?time, "the lock held for a long time");
         }
     }
 
@@ -122,8 +122,8 @@ impl SlowLog {
     pub(crate) fn still_waits(&self, time: Duration, key: &LockKey, shard: &str, waiting: usize, keys: usize) {
         if let Some(suppressed) = self.still_waiting.admit(Moment::now()) {
             let named = self.key(key);
-            tracing::warn!(%shard, waited = ?time, waiting, keys, suppressed, key = named, "slow wait for a lock, still waiting");
-            tracing::debug!(%key, %shard, waited = ?time, "the lock of the slow wait, still waiting");
+            crate::log::warn!(%shard, waited = ?time, waiting, keys, suppressed, key = named, "slow wait for a lock, still waiting");
+            crate::log::debug!(%key, %shard, waited = ?time, "the lock of the slow wait, still waiting");
         }
     }
 
@@ -139,9 +139,9 @@ impl SlowLog {
         };
         if count <= LOSSES_MAX {
             let named = self.key(key);
-            tracing::warn!(%shard, %reason, key = named, "a lock was lost");
+            crate::log::warn!(%shard, %reason, key = named, "a lock was lost");
         }
-        tracing::debug!(%key, %shard, %reason, "the lock that was lost");
+        crate::log::debug!(%key, %shard, %reason, "the lock that was lost");
     }
 
     /// Logs how many losses of an interval that is over had no line. Called regularly.
@@ -165,7 +165,7 @@ impl SlowLog {
 impl Losses {
     fn report_rest(&self) {
         if let Some(suppressed) = self.count.checked_sub(LOSSES_MAX).filter(|&rest| rest > 0) {
-            tracing::warn!(
+            crate::log::warn!(
                 suppressed,
                 "more locks were lost; shardlock_lost_total has the numbers by shard and reason"
             );

@@ -137,7 +137,7 @@ impl Admin {
             .local_addr()
             .map_err(|source| AdminError::Bind { address, source })?;
         if !bound.ip().is_loopback() {
-            tracing::warn!(address = %bound, "the admin endpoint is not on a loopback address: anyone who can reach it sees the keys of all locks");
+            crate::log::warn!(address = %bound, "the admin endpoint is not on a loopback address: anyone who can reach it sees the keys of all locks");
         }
         Ok(Self {
             listener,

@@ -91,7 +91,7 @@ pub(super) fn start(
                     () = keep_up(&shared) => {}
                     _ = stopped => {}
                 },
-                Err(error) => tracing::error!(%error, "the admin endpoint can't listen"),
+                Err(error) => crate::log::error!(%error, "the admin endpoint can't listen"),
             }
         });
     };
@@ -125,7 +125,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
                 });
             }
             Err(error) => {
-                tracing::debug!(%error, "the admin endpoint could not accept a connection");
+                crate::log::debug!(%error, "the admin endpoint could not accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -147,8 +147,8 @@ async fn serve_one(stream: TcpStream, shared: Arc<Shared>) {
     match tokio::time::timeout(CONNECTION_TIME_MAX, connection).await {
         Ok(Ok(())) => {}
         // Errors of the peer do not belong in our log above debug level.
-        Ok(Err(error)) => tracing::debug!(%error, "a connection to the admin endpoint failed"),
-        Err(_) => tracing::debug!("a connection to the admin endpoint took too long"),
+        Ok(Err(error)) => crate::log::debug!(%error, "a connection to the admin endpoint failed"),
+        Err(_) => crate::log::debug!("a connection to the admin endpoint took too long"),
     }
 }
 

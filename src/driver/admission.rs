@@ -142,9 +142,9 @@ impl Shard {
         }
         let (shard, leases) = (&self.name, self.metrics.leases());
         if is_strained {
-            tracing::warn!(%shard, leases, "more leases are held than are renewed in time; new keys are refused until renewals keep up");
+            crate::log::warn!(%shard, leases, "more leases are held than are renewed in time; new keys are refused until renewals keep up");
         } else {
-            tracing::info!(%shard, leases, "renewals keep up again; new keys are accepted");
+            crate::log::info!(%shard, leases, "renewals keep up again; new keys are accepted");
         }
     }
 }

@@ -23,7 +23,6 @@ use super::subscriber::{SubscribeError, subscribe};
 use super::watchdog::keep_alive;
 use super::{Entry, Job, ManagerContext, Shard, evict, health, reporter};
 use crate::engine::Request;
-use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
 use crate::store::Priority;
 
@@ -61,7 +60,7 @@ impl BackgroundThread {
                         run(Arc::clone(&manager), Rc::clone(&shards), connected, jobs, sender),
                     );
                 }
-                Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
+                Err(error) => crate::log::error!(%error, "the background thread could not start its runtime"),
             };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
                 end_after(&manager, &shards, &*panic);
@@ -173,7 +172,7 @@ async fn watch_app_runtime(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]
 async fn settle(shards: &[Arc<Shard>]) {
     let settling = shards.iter().map(|shard| async move {
         if tokio::time::timeout(shard.manager.timeout, shard.store.drain()).await.is_err() {
-            tracing::warn!(shard = %shard.name, "the store did not finish its cleanup in time; what is left expires by itself");
+            crate::log::warn!(shard = %shard.name, "the store did not finish its cleanup in time; what is left expires by itself");
         }
     });
     futures_util::future::join_all(settling).await;
@@ -193,13 +192,11 @@ fn check(ended: Result<(), tokio::task::JoinError>, manager: &ManagerContext, sh
 fn end_after(manager: &ManagerContext, shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
     let message = panic.downcast_ref::<&str>().copied();
     let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    SUBSCRIBER.call(|| {
-        tracing::error!(
-            panic = message.unwrap_or("without a message"),
-            "the background thread panicked, so the manager is closed: its locks are lost and all requests are \
-             refused; connect a new manager, and please report this"
-        );
-    });
+    crate::log::error!(
+        panic = message.unwrap_or("without a message"),
+        "the background thread panicked, so the manager is closed: its locks are lost and all requests are \
+         refused; connect a new manager, and please report this"
+    );
     close(manager, shards);
 }
 
@@ -211,7 +208,7 @@ fn send_work(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work)
     let done = cleaners.get(shard).map(|cleaner| cleaner.send(work));
     if !matches!(done, Some(Ok(()))) {
         // The panic of the cleaner has been reported.
-        tracing::warn!("a lease cannot be released; it expires with its ttl");
+        crate::log::warn!("a lease cannot be released; it expires with its ttl");
     }
 }
 
@@ -241,9 +238,7 @@ fn close(manager: &ManagerContext, shards: &[Arc<Shard>]) {
             // A panic at one key must not leave others open.
             let close = || entry.apply_in_background(|queue, cx| queue.close(cx));
             if catch_unwind(AssertUnwindSafe(close)).is_err() {
-                SUBSCRIBER.call(|| {
-                    tracing::error!(shard = %shard.name, "closing a key panicked; its lease is left to expire");
-                });
+                crate::log::error!(shard = %shard.name, "closing a key panicked; its lease is left to expire");
             }
         }
     }

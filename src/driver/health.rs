@@ -31,11 +31,11 @@ pub(super) async fn watch(shard: Arc<Shard>) {
         shard.note_probe(&health.reached);
         shard.note_map(&health.reached);
         if let Err(error) = &health.reached {
-            tracing::debug!(shard = %shard.name, %error, "the health probe of the shard failed");
+            crate::log::debug!(shard = %shard.name, %error, "the health probe of the shard failed");
         }
         for (server, seconds) in clocks.on_probe(&health) {
             shard.metrics.clock_jumps.increment(1);
-            tracing::warn!(shard = %shard.name, server = %printable(&server), seconds, "the server's clock has jumped; leases on it may end early or late");
+            crate::log::warn!(shard = %shard.name, server = %printable(&server), seconds, "the server's clock has jumped; leases on it may end early or late");
         }
         if health.reached.is_ok() {
             queue_check::check(&shard).await;

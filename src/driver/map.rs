@@ -66,7 +66,9 @@ impl Maps {
                     Ok(_) => answered.push((name, store)),
                     Err(error) if is_own => return Err(error),
                     Err(error @ StoreError::MapMismatch { .. }) => return Err(error.at_shard(name)),
-                    Err(error) => tracing::debug!(shard = %name, ?error, "a shard did not answer about its shard map"),
+                    Err(error) => {
+                        crate::log::debug!(shard = %name, ?error, "a shard did not answer about its shard map")
+                    }
                 }
             }
             answering.retain(|(_, store)| answered.iter().any(|(_, answered)| Arc::ptr_eq(store, answered)));
@@ -133,7 +135,7 @@ impl Shard {
         };
         if !self.has_other_map.swap(true, Ordering::Relaxed) {
             let error = error.clone().with_context(&self.name, "probe", None, Duration::ZERO);
-            tracing::error!(%error, "all locks on the shard are lost");
+            crate::log::error!(%error, "all locks on the shard are lost");
             self.disown();
         }
         true

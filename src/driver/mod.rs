@@ -354,7 +354,7 @@ impl Shard {
         // The background thread outlives every entry. If it is gone, the process is exiting and
         // leases expire by themselves.
         if self.manager.jobs.send(job).is_err() {
-            tracing::warn!(shard = %self.name, "the background thread is gone; a lease is left to expire");
+            crate::log::warn!(shard = %self.name, "the background thread is gone; a lease is left to expire");
         }
     }
 
@@ -405,9 +405,9 @@ impl Shard {
         };
         match suppressed {
             Some(suppressed) => {
-                tracing::warn!(shard = %self.name, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
+                crate::log::warn!(shard = %self.name, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
             }
-            None => tracing::debug!(shard = %self.name, %error, leases, "failed to renew leases"),
+            None => crate::log::debug!(shard = %self.name, %error, leases, "failed to renew leases"),
         }
     }
 

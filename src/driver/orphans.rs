@@ -175,7 +175,7 @@ impl Cleaner {
             .on_result(attempt, released, circumstances, random::time_in);
         self.report(&verdict, error.as_ref());
         if let Verdict::LeftToExpire(pending) = verdict {
-            tracing::debug!(%key, "a lease of this key could not be released");
+            crate::log::debug!(%key, "a lease of this key could not be released");
             if !is_final {
                 pending.leave_to_expire();
             }
@@ -199,14 +199,14 @@ impl Cleaner {
     /// During an outage, which has its own log line, this is logged only at debug level.
     fn log_left_to_expire(&mut self, reason: &str) {
         if self.shard.is_in_outage() {
-            return tracing::debug!(shard = %self.shard.name, reason, "a lease is left to expire during an outage");
+            return crate::log::debug!(shard = %self.shard.name, reason, "a lease is left to expire during an outage");
         }
         let Some(suppressed) = self.log_limit.admit(Moment::now()) else {
             return;
         };
         let leases = suppressed + 1;
         let reason = crate::text::printable(reason);
-        tracing::warn!(
+        crate::log::warn!(
             shard = %self.shard.name,
             leases,
             %reason,
@@ -232,7 +232,7 @@ impl PendingRelease {
             return Some(Self(Arc::clone(usage)));
         }
         if !usage.limit_reported.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
+            crate::log::warn!(
                 limit = PENDING_MAX,
                 "too many leases wait to be released; further ones are left to expire with their ttl"
             );

@@ -31,7 +31,7 @@ pub(super) async fn check(shard: &Arc<Shard>) {
     };
     // A grant in flight when the store was asked has made the cycle the holder there.
     if is_forgotten(shard, cycle, &seen) && entry.queued_cycle() == Some(cycle) {
-        tracing::warn!(shard = %shard.name, "the server lost a place in the queue of a key, as after FLUSHALL; the acquires of all waiting keys are sent again");
+        crate::log::warn!(shard = %shard.name, "the server lost a place in the queue of a key, as after FLUSHALL; the acquires of all waiting keys are sent again");
         ask_again(shard, None);
     }
 }

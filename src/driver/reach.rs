@@ -193,7 +193,7 @@ impl Reach {
             log.failed(reason, Moment::now())
         };
         if let Some(Line::Down { suppressed }) = line {
-            tracing::warn!(%shard, reason, suppressed, "the shard is down: its locks can't be acquired or renewed until it is back");
+            crate::log::warn!(%shard, reason, suppressed, "the shard is down: its locks can't be acquired or renewed until it is back");
         }
     }
 
@@ -214,7 +214,7 @@ impl Reach {
                 u64::try_from(down_for.as_millis()).unwrap_or(u64::MAX),
             ));
             // Same level as the line about the beginning, so that no filter shows only one of them.
-            tracing::warn!(%shard, %down_for, failed_requests = failures, "the shard is back");
+            crate::log::warn!(%shard, %down_for, failed_requests = failures, "the shard is back");
         }
     }
 }

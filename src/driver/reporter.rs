@@ -31,7 +31,7 @@ pub(super) async fn report(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]
         let late = elapsed.saturating_sub(FLUSH_EVERY);
         if late > STALL_MIN {
             metrics.stalled(late);
-            tracing::warn!(
+            crate::log::warn!(
                 ?late,
                 "the background thread stalled; if that lasts for a TTL, locks are lost"
             );

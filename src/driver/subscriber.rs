@@ -119,7 +119,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             .is_some_and(|cycle| !shard.manager.cycles.has_opened(cycle))
         {
             if !std::mem::replace(&mut is_forgery_reported, true) {
-                tracing::error!(
+                crate::log::error!(
                     shard = %shard.name,
                     "a message in the inbox of this manager was not sent by another manager and is ignored, as \
                      others like it will be: another client of the server publishes to the channels of locks; \
@@ -188,7 +188,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 }
                 // The store retries every second. Log each reason once.
                 if refused.as_ref() != Some(&reason) {
-                    tracing::error!(
+                    crate::log::error!(
                         shard = %shard.name,
                         reason = %printable(&reason),
                         "the inbox is refused, so locks are handed over only when their leases expire"

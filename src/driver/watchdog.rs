@@ -15,13 +15,13 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tracing::Instrument;
 
 use super::{Entry, Shard};
 use crate::clock::Moment;
 use crate::engine::StoreEvent;
 use crate::engine::renewals::{Due, Renewals, time_limit};
 use crate::protocol::{RenewReply, Renewal};
+use crate::span::DebugSpan;
 use crate::store::StoreError;
 use crate::telemetry::RequestKind;
 
@@ -53,9 +53,9 @@ pub(crate) async fn keep_alive(shard: Arc<Shard>) {
             }
         }
         while let Some(batch) = renewals_due.next(Moment::now()) {
-            let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());
+            let span = DebugSpan::open(|| tracing::debug_span!("renew", shard = %shard.name, leases = batch.len()));
             let batch = batch.into_iter().map(|due| due.what).collect();
-            renewals.spawn_local(renew(Arc::clone(&shard), batch).instrument(span));
+            renewals.spawn_local(span.around(renew(Arc::clone(&shard), batch)));
         }
         shard.set_strained(renewals_due.is_strained(shard.metrics.leases(), Moment::now()));
     }
@@ -158,7 +158,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
             Some(RenewReply::Extended { .. }) => shard.metrics.renewed.increment(1),
             // A lease released in the meantime is reported as not ours, too. That is expected.
             Some(RenewReply::NotOurs) if entry.holds(renewal.cycle) => {
-                tracing::debug!(key = %entry.key, shard = %shard.name, "a lease is no longer ours");
+                crate::log::debug!(key = %entry.key, shard = %shard.name, "a lease is no longer ours");
                 shard.metrics.renewed_not_ours.increment(1);
             }
             Some(RenewReply::NotOurs) => {}

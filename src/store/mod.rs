@@ -164,8 +164,8 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
 /// Warns about an inbox message that can't be parsed. It may contain a key, so its text is logged
 /// at debug level only.
 pub(crate) fn warn_malformed(shard: &str, message: &str) {
-    tracing::warn!(%shard, "an inbox message is not in this version's format; log at debug level to see it");
-    tracing::debug!(%shard, message, "the inbox message that is not in this version's format");
+    crate::log::warn!(%shard, "an inbox message is not in this version's format; log at debug level to see it");
+    crate::log::debug!(%shard, message, "the inbox message that is not in this version's format");
 }
 
 /// What a store needs besides its address.

@@ -31,6 +31,8 @@ pub(crate) use shard::{RequestKind, ShardMetrics};
 pub(crate) use table::HOT_KEY;
 pub use table::{METRICS, Metric, MetricKind, MetricUnit};
 
+use crate::foreign::RECORDER;
+
 /// Registers the description of each metric with the installed recorder.
 pub(crate) fn describe(metrics: &[Metric]) {
     for metric in metrics {
@@ -38,10 +40,10 @@ pub(crate) fn describe(metrics: &[Metric]) {
             MetricUnit::Count | MetricUnit::Ratio => Unit::Count,
             MetricUnit::Seconds => Unit::Seconds,
         };
-        match metric.kind {
+        RECORDER.call(|| match metric.kind {
             MetricKind::Counter => describe_counter!(metric.name, unit, metric.meaning),
             MetricKind::Gauge => describe_gauge!(metric.name, unit, metric.meaning),
             MetricKind::Histogram => describe_histogram!(metric.name, unit, metric.meaning),
-        }
+        });
     }
 }

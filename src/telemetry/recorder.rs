@@ -24,8 +24,9 @@ pub(crate) struct Histogram {
 }
 
 impl Counter {
-    pub(crate) const fn new(counter: metrics::Counter) -> Self {
-        Self(counter)
+    /// `register` asks the recorder for it.
+    pub(crate) fn new(register: impl FnOnce() -> metrics::Counter) -> Self {
+        Self(registered(metrics::Counter::noop(), register))
     }
 
     /// A counter that records nothing.
@@ -39,8 +40,9 @@ impl Counter {
 }
 
 impl Gauge {
-    pub(crate) const fn new(gauge: metrics::Gauge) -> Self {
-        Self(gauge)
+    /// `register` asks the recorder for it.
+    pub(crate) fn new(register: impl FnOnce() -> metrics::Gauge) -> Self {
+        Self(registered(metrics::Gauge::noop(), register))
     }
 
     pub(crate) fn set(&self, value: f64) {
@@ -51,7 +53,8 @@ impl Gauge {
 impl Histogram {
     /// `register` asks the recorder for it.
     pub(crate) fn new(register: impl FnOnce() -> metrics::Histogram) -> Self {
-        let (recorder, exact) = Histograms::found(register);
+        let noop = metrics::Histogram::noop();
+        let (recorder, exact) = Histograms::found(|| registered(noop, register));
         Self { exact, recorder }
     }
 
@@ -79,14 +82,21 @@ impl Histogram {
     }
 }
 
+/// What the recorder registers, or `noop` if it panics.
+fn registered<T>(noop: T, register: impl FnOnce() -> T) -> T {
+    let mut registered = noop;
+    RECORDER.call(|| registered = register());
+    registered
+}
+
 /// Like the macro of the same name in `metrics`.
 macro_rules! counter {
-    ($($metric:tt)*) => { $crate::telemetry::recorder::Counter::new(::metrics::counter!($($metric)*)) };
+    ($($metric:tt)*) => { $crate::telemetry::recorder::Counter::new(|| ::metrics::counter!($($metric)*)) };
 }
 
 /// Like the macro of the same name in `metrics`.
 macro_rules! gauge {
-    ($($metric:tt)*) => { $crate::telemetry::recorder::Gauge::new(::metrics::gauge!($($metric)*)) };
+    ($($metric:tt)*) => { $crate::telemetry::recorder::Gauge::new(|| ::metrics::gauge!($($metric)*)) };
 }
 
 /// Like the macro of the same name in `metrics`.

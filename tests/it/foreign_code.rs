@@ -1,14 +1,17 @@
-//! Foreign code that a manager calls: wakers that call back into the manager, recorders that panic.
+//! Foreign code that a manager calls: wakers that call back into the manager, recorders and log
+//! subscribers that panic.
 
 use std::future::{Future, IntoFuture};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, mpsc};
 use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
 use shardlock::{LockManager, LossReason};
-use support::PATIENCE;
+use support::{PATIENCE, worker};
 use support_locks::{lock, poll_once, soon};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 
 /// A waker that calls the manager when it is woken and when it is dropped, as foreign code may.
 struct ManagerCaller {
@@ -118,14 +121,17 @@ impl metrics::Recorder for Failing {
     fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
 
     fn register_counter(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        self.check();
         metrics::Counter::from_arc(Arc::new(self.clone()))
     }
 
     fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        self.check();
         metrics::Gauge::from_arc(Arc::new(self.clone()))
     }
 
     fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        self.check();
         metrics::Histogram::from_arc(Arc::new(self.clone()))
     }
 }
@@ -147,6 +153,102 @@ async fn recorder_that_panics_loses_no_lock() {
     assert!(poll_once(&mut next).is_none());
     guard.release().await.expect("release");
     soon("the next", next).await.release().await.expect("release");
+    // The metrics of this class are registered now.
+    let guard = soon("a new class", locks.lock("k").class("new").into_future()).await;
+    guard.expect("lock").release().await.expect("release");
+}
+
+/// What a log subscriber is called for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Call {
+    Event = 1,
+    NewSpan,
+    Enter,
+    Exit,
+    Close,
+}
+
+/// A log subscriber that panics in one kind of call.
+struct FailingLog;
+
+/// The kind of call, or 0.
+static FAILS_AT: AtomicU8 = AtomicU8::new(0);
+
+impl FailingLog {
+    fn check(call: Call) {
+        if FAILS_AT.load(Ordering::SeqCst) == call as u8 {
+            std::panic::resume_unwind(Box::new("a log subscriber that fails"));
+        }
+    }
+}
+
+impl Subscriber for FailingLog {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with("shardlock")
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Self::check(Call::NewSpan);
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, _: &Event<'_>) {
+        Self::check(Call::Event);
+    }
+
+    fn enter(&self, _: &Id) {
+        Self::check(Call::Enter);
+    }
+
+    fn exit(&self, _: &Id) {
+        Self::check(Call::Exit);
+    }
+
+    fn try_close(&self, _: Id) -> bool {
+        Self::check(Call::Close);
+        true
+    }
+}
+
+/// Runs in a process of its own, since the subscriber is that of all threads.
+pub(crate) fn lock_with_a_failing_log(me: &worker::Current) {
+    const TTL: Duration = Duration::from_secs(2);
+    const SLOW: Duration = Duration::from_millis(1);
+    tracing::subscriber::set_global_default(FailingLog).expect("the first subscriber");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let builder = LockManager::builder().shard("memory://").ttl(TTL).slow_wait(SLOW);
+        let locks = builder.connect().await.expect("connect");
+        let renewed = lock(&locks, "renewed").await;
+        for call in [Call::Event, Call::NewSpan, Call::Enter, Call::Exit, Call::Close] {
+            FAILS_AT.store(call as u8, Ordering::SeqCst);
+            let guard = lock(&locks, "k").await;
+            let waiting = locks.clone();
+            let next = tokio::spawn(async move { waiting.lock("k").await });
+            // Some renewals, and a slow wait.
+            let lost = tokio::time::timeout(TTL / 2, guard.lost()).await;
+            assert!(lost.is_err(), "{call:?}: {lost:?}");
+            drop(guard);
+            let next = soon("the next", next).await.expect("no panic");
+            next.expect("lock").release().await.expect("release");
+            let free = locks.try_lock("k").await.expect("try");
+            drop(free.unwrap_or_else(|| panic!("{call:?}: nobody holds the lock, but it is not free")));
+        }
+        FAILS_AT.store(0, Ordering::SeqCst);
+        assert!(renewed.is_valid());
+    });
+    me.send("held");
+}
+
+/// Regression: a panic of the subscriber at the line about a slow wait unwound before there was a
+/// guard, and the lock was renewed for ever.
+#[test]
+fn log_subscriber_that_panics_loses_no_lock_and_keeps_none() {
+    let worker = worker::spawn("failing log", &[]);
+    assert_eq!(worker.line(), "held");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -65,6 +65,7 @@ fn worker_entry() {
         "clock" => clocks::report_time(&me),
         "counter" => basics::count(&me),
         "candidate" => lead::campaign(&me),
+        "failing log" => foreign_code::lock_with_a_failing_log(&me),
         "holder" => modes::hold(&me),
         "min_holder" => min_hold::hold(&me),
         "echo" => servers::echo(&me),

@@ -516,8 +516,8 @@ async fn notify_holders(shared: &Shared, link: &Link, contender: &EtcdContender,
     // holder reports the waiter, too.
     match tokio::time::timeout(shared.timeout / 4, leave_all).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(?notes, ?error, "could not leave notes for the holders of a key"),
-        Err(_) => tracing::debug!(?notes, "no answer to notes for the holders of a key"),
+        Ok(Err(error)) => crate::log::debug!(?notes, ?error, "could not leave notes for the holders of a key"),
+        Err(_) => crate::log::debug!(?notes, "no answer to notes for the holders of a key"),
     }
 }
 

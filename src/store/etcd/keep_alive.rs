@@ -83,7 +83,7 @@ async fn keep_one(
             pushes.send(Push::YourTurn { key, cycle }).ok();
         }
         // Tried again when it is next due, before the lease ends.
-        Ok(Err(error)) => tracing::debug!(shard = %shared.shard, ?error, "a waiting lease was not renewed"),
+        Ok(Err(error)) => crate::log::debug!(shard = %shared.shard, ?error, "a waiting lease was not renewed"),
     }
     true
 }
@@ -174,7 +174,7 @@ async fn revoke(shared: &Shared, lease: EtcdLease, until: Moment) {
             Ok(Err(error)) if !error.is_passing() => {
                 if let Some(suppressed) = shared.failed_revokes.admit(Moment::now()) {
                     let error = error.into_store_error();
-                    tracing::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked; its lock may stay taken until the lease expires");
+                    crate::log::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked; its lock may stay taken until the lease expires");
                 }
                 return;
             }

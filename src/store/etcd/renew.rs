@@ -135,7 +135,7 @@ async fn renew_in_rounds(
         keep_and_read(shared, &mut rest, left, failed).await;
         rest.retain(|one| one.verdict == RenewalVerdict::Unconfirmed);
         if !rest.is_empty() {
-            tracing::debug!(shard = %shared.shard, round, leases = rest.len(), "renewals were not confirmed");
+            crate::log::debug!(shard = %shared.shard, round, leases = rest.len(), "renewals were not confirmed");
             *failed = Some(unconfirmed());
             // Another member may know the new leader already.
             shared.background.give_up_since(started);

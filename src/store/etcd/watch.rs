@@ -109,10 +109,10 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
         // An outage of the shard is logged elsewhere, so warn only while the shard is up.
         match shared.ended_watches.admit(Moment::now()) {
             Some(suppressed) if shared.metrics.is_up() => {
-                tracing::warn!(shard = %shared.shard, reason = %broken, suppressed, "the watch of etcd ended and will be reopened");
+                crate::log::warn!(shard = %shared.shard, reason = %broken, suppressed, "the watch of etcd ended and will be reopened");
             }
             _ => {
-                tracing::debug!(shard = %shared.shard, reason = %broken, "the watch of etcd ended and will be reopened")
+                crate::log::debug!(shard = %shared.shard, reason = %broken, "the watch of etcd ended and will be reopened")
             }
         }
         tokio::select! {

@@ -296,7 +296,7 @@ impl Quorum {
 }
 
 fn log_down(node: &Node, why: &str) {
-    tracing::warn!(node = %node.place, why, "a node of the quorum is down");
+    crate::log::warn!(node = %node.place, why, "a node of the quorum is down");
 }
 
 /// The reason for a node's outage; `None` if the node is well and only refused.
@@ -359,7 +359,7 @@ impl LeaseStore for QuorumStore {
                 match connected {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => {
-                        tracing::warn!(node = %node.place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open")
+                        crate::log::warn!(node = %node.place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open")
                     }
                     Err(_) => quorum.report_down(node, "no answer while connecting"),
                 }

@@ -143,7 +143,7 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
             kind: ClaimKind::Take,
         };
         if let Ok(Err(error)) = timeout(quorum.node_limit, node.store.claim(claim)).await {
-            tracing::debug!(node = %node.place, key = %renewal.key, ?error, "could not restore a lease; the next renewal tries again");
+            crate::log::debug!(node = %node.place, key = %renewal.key, ?error, "could not restore a lease; the next renewal tries again");
         }
         if !quorum.holds(renewal.cycle) {
             let release = Release {

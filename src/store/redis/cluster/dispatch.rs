@@ -316,7 +316,7 @@ impl NodePool {
     /// Reads the map again in case it is wrong. If no node answers, the next attempt reports it.
     pub(super) async fn try_refresh(&self, version: u64) {
         if let Err(error) = self.refresh(version).await {
-            tracing::debug!(?error, "failed to read the cluster's slot map");
+            crate::log::debug!(?error, "failed to read the cluster's slot map");
         }
     }
 }

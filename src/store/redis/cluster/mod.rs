@@ -228,7 +228,7 @@ impl LeaseStore for ClusterStore {
                     if let Err(error) = opened {
                         // A node may be down. Its slots can't be locked either, and its successor
                         // gets a connection once it is known.
-                        tracing::warn!(shard = %shared.shard, node = %place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open");
+                        crate::log::warn!(shard = %shared.shard, node = %place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open");
                     }
                 }
             });

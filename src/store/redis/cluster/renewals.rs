@@ -99,9 +99,9 @@ fn failed(pool: &NodePool, slot: Slot, leases: usize, reason: &str) {
     let shared = &pool.shared;
     match shared.failed_renewals.admit(Moment::now()) {
         Some(suppressed) if shared.metrics.is_up() => {
-            tracing::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "failed to renew leases; retrying until they expire");
+            crate::log::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "failed to renew leases; retrying until they expire");
         }
-        _ => tracing::debug!(shard = %shared.shard, %slot, reason, leases, "failed to renew leases"),
+        _ => crate::log::debug!(shard = %shared.shard, %slot, reason, leases, "failed to renew leases"),
     }
 }
 
@@ -145,7 +145,7 @@ async fn renew_group(
         Some((key, error)) => {
             failed(pool, slot, count, &error.to_string());
             let key = key.map(tracing::field::display);
-            tracing::debug!(shard = %pool.shared.shard, %slot, key, %error, "the renewal of this lease was refused");
+            crate::log::debug!(shard = %pool.shared.shard, %slot, key, %error, "the renewal of this lease was refused");
             Ok(replies)
         }
         None => Ok(replies),
@@ -228,7 +228,7 @@ async fn renew_key(
         Ok(_) => return None,
         Err(error) => {
             let error = StoreError::from(error);
-            tracing::debug!(shard = %shared.shard, %slot, %error, "failed to renew a lease whose slot is being moved");
+            crate::log::debug!(shard = %shared.shard, %slot, %error, "failed to renew a lease whose slot is being moved");
             return None;
         }
     };

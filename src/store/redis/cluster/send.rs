@@ -102,7 +102,7 @@ impl NodePool {
             BatchReply::Values(replies) => replies,
             BatchReply::Failed(error) => {
                 if is_about_a_command(&error) && shared.raised.give_up() {
-                    tracing::warn!(shard = %shared.shard, %error, "the user may not run SET or INCRBY, so each free lock costs a script call");
+                    crate::log::warn!(shard = %shared.shard, %error, "the user may not run SET or INCRBY, so each free lock costs a script call");
                 }
                 return PlainAcquire::Unknown;
             }

@@ -121,7 +121,7 @@ pub(super) async fn run(
     };
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     while let Err(error) = pool.refresh(shared.topology.version()).await {
-        tracing::debug!(shard = %shared.shard, %error, "failed to read the cluster's slot map");
+        crate::log::debug!(shard = %shared.shard, %error, "failed to read the cluster's slot map");
         tokio::select! {
             () = backoff.wait() => {}
             () = pushes.closed() => return,
@@ -181,7 +181,7 @@ pub(super) async fn run(
                     let (pool, version) = (Arc::clone(&subscriber.pool), subscriber.shared.topology.version());
                     reading = Some(Box::pin(async move {
                         if let Err(error) = pool.refresh(version).await {
-                            tracing::debug!(?error, "failed to read the cluster's slot map");
+                            crate::log::debug!(?error, "failed to read the cluster's slot map");
                         }
                     }));
                 }
@@ -506,7 +506,7 @@ async fn subscribe(pool: &NodePool, subscriber: Option<Arc<NodeLink>>, slot: Slo
                 && let Some(error) = &error
                 && let Some(suppressed) = shared.refused_inboxes.admit(Moment::now())
             {
-                tracing::warn!(shard = %shared.shard, %slot, %error, suppressed, "subscribing to the inbox of a slot was refused, so locks in it can't be waited for");
+                crate::log::warn!(shard = %shared.shard, %slot, %error, suppressed, "subscribing to the inbox of a slot was refused, so locks in it can't be waited for");
             }
             // The map may be wrong. If it can't be read now, the next attempt reports why.
             pool.refresh(version).await.ok();

@@ -38,7 +38,7 @@ impl BackgroundLinks {
             Some(Err(error)) => {
                 let other = open();
                 if other.is_some() {
-                    tracing::debug!(
+                    crate::log::debug!(
                         ?error,
                         "failed to open the background connection; using a request connection instead"
                     );

@@ -97,7 +97,7 @@ impl Checked {
             Err(error @ StoreError::MapMismatch { .. }) => Err(error),
             Err(error) => {
                 let (link, live) = open().ok_or_else(|| error.clone())?;
-                tracing::debug!(?error, "no pooled connection; using a kept one instead");
+                crate::log::debug!(?error, "no pooled connection; using a kept one instead");
                 Ok(Borrowed::Kept(link, live))
             }
         }

@@ -171,7 +171,7 @@ async fn follow(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, ind
             Err(StoreError::Unavailable(error) | StoreError::Refused(error)) if !is_logged => {
                 is_logged = true;
                 let place = sentinels.place(index);
-                tracing::warn!(shard = %shared.shard, sentinel = place, error = %printable(&error), "failed to subscribe to a sentinel; retrying");
+                crate::log::warn!(shard = %shared.shard, sentinel = place, error = %printable(&error), "failed to subscribe to a sentinel; retrying");
             }
             Err(_) => {}
         }
@@ -207,7 +207,7 @@ async fn receive(
         let text = String::from_utf8_lossy(message.get_payload_bytes());
         if let Some(place) = sentinels.switched(&text) {
             sentinels.ask_first(index);
-            tracing::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %printable(&place), "a sentinel reported that the primary changed");
+            crate::log::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %printable(&place), "a sentinel reported that the primary changed");
             move_to(&place, shared, links);
         }
     }

@@ -245,7 +245,7 @@ impl Shared {
             .era
             .compare_exchange(era, era + 1, Ordering::AcqRel, Ordering::Relaxed);
         if left.is_ok() {
-            tracing::info!(shard = %self.shard, "the server is no longer a primary; reopening all connections");
+            crate::log::info!(shard = %self.shard, "the server is no longer a primary; reopening all connections");
         }
     }
 

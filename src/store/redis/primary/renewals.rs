@@ -126,7 +126,7 @@ pub(super) async fn renew(
         let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
         if let Err(error) = ack.check(wait, &acked) {
             if let Some(suppressed) = shared.failed_renewals.admit(Moment::now()) {
-                tracing::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "too few replicas confirmed the renewed leases; retrying until they expire");
+                crate::log::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "too few replicas confirmed the renewed leases; retrying until they expire");
             }
             replies
                 .iter_mut()
@@ -149,7 +149,7 @@ async fn restore_map(shared: &Shared, link: &Link, live: &Live, limit: Duration)
     let send = |command| Box::pin(shared.map_command(link, live, command)) as map::Reply<'_>;
     match timeout(limit, map::step(&shared.map, MapStep::Confirm, &send)).await {
         Ok(Ok(_)) => {
-            tracing::warn!(shard = %shared.shard, "the shard map was missing on the server and has been restored");
+            crate::log::warn!(shard = %shared.shard, "the shard map was missing on the server and has been restored");
             Ok(())
         }
         Ok(Err(error @ StoreError::MapMismatch { .. })) => Err(error),
@@ -254,9 +254,9 @@ async fn send(
         (_, Some((item, error))) => {
             let (error, leases, key) = (shared.discovery.to_store_error(&error), refused.count, &batch[item].key);
             if let Some(suppressed) = shared.failed_renewals.admit(Moment::now()) {
-                tracing::warn!(shard = %shared.shard, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
+                crate::log::warn!(shard = %shared.shard, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
             }
-            tracing::debug!(shard = %shared.shard, %key, %error, "the renewal of this lease was refused");
+            crate::log::debug!(shard = %shared.shard, %key, %error, "the renewal of this lease was refused");
             Ok(replies)
         }
         _ => Ok(replies),

@@ -153,9 +153,9 @@ impl Failed {
         let since = *self.since.get_or_insert(now);
         if !self.is_logged && shared.metrics.is_up() && now.since(since) >= LOGGED_AFTER {
             self.is_logged = true;
-            tracing::warn!(shard = %shared.shard, reason, "failed to subscribe to the inbox, so hand-offs are delayed; retrying");
+            crate::log::warn!(shard = %shared.shard, reason, "failed to subscribe to the inbox, so hand-offs are delayed; retrying");
         } else {
-            tracing::debug!(shard = %shared.shard, reason, "failed to subscribe to the inbox");
+            crate::log::debug!(shard = %shared.shard, reason, "failed to subscribe to the inbox");
         }
     }
 }
@@ -197,7 +197,7 @@ async fn is_known(shared: &Shared, commands: &Arc<Link>, channel: &str) -> Optio
 }
 
 fn report_elsewhere(shared: &Shared, place: &str) {
-    tracing::warn!(
+    crate::log::warn!(
         shard = %shared.shard,
         address = place,
         "connections to this address lead to different servers: the server that executes commands does not know the \
