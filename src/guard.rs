@@ -190,6 +190,8 @@ impl LockGuard {
     ///   ([`LockRequest::linger`](crate::LockRequest::linger)). It returns immediately.
     /// - The connection turns out to belong to a runtime that runs nothing. The lock is then
     ///   released in the background.
+    /// - More tokens were requested a moment ago, for tasks that have left since. The lock is then
+    ///   released in the background, once the server has answered.
     ///
     /// # Errors
     ///
