@@ -5,9 +5,9 @@
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
 features = $(shell sed -n '/^\[features\]/,/^\[[^f]/s/^\([a-z0-9_-]*\) = .*/\1/p' Cargo.toml | grep -vx default)
 
-# Most tests wait for servers, leases and each other, so two run at a time per core. With more of
-# them, processes have no CPU time for hundreds of milliseconds, and leases end.
-test_threads = $(shell cores=$$(getconf _NPROCESSORS_ONLN); threads=$$((2 * cores)); [ $$threads -le 16 ] || threads=16; [ $$threads -ge $$cores ] || threads=$$cores; echo $$threads)
+# Most tests wait for servers, leases and each other, so three run at a time per core. With many
+# more, processes have no CPU time for hundreds of milliseconds, and leases end.
+test_threads = $(shell cores=$$(getconf _NPROCESSORS_ONLN); threads=$$((3 * cores)); [ $$threads -le 16 ] || threads=16; [ $$threads -ge $$cores ] || threads=$$cores; echo $$threads)
 test test-servers: export RUST_TEST_THREADS ?= $(test_threads)
 
 help: ## List the targets.
