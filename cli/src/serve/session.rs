@@ -28,6 +28,9 @@ use super::replies::{Protocol, Replies};
 use super::requests::Requests;
 use super::stream::{Received, Stream};
 
+/// The reply to a LOCK once the agent drains.
+const DRAINING: &str = "UNAVAILABLE the agent is shutting down and grants no lock; try again later";
+
 /// The most bytes of replies that are collected before they are sent.
 const UNSENT_BYTES_MAX: usize = 16 * 1024;
 
@@ -257,8 +260,6 @@ impl Session {
     }
 
     async fn acquire(&mut self, lock: &Lock) -> io::Result<Acquired> {
-        const DRAINING: &str = "UNAVAILABLE the agent is shutting down and grants no lock; try again \
-                                later";
         let (agent, client) = (Arc::clone(&self.agent), Arc::clone(&self.client));
         let mut phases = self.phases.clone();
         let _waiting = client.waits_for(lock, &agent.metrics.waiters);
@@ -293,7 +294,14 @@ impl Session {
             return;
         };
         let id = LockId { key: lock.key, token };
-        self.agent.held.add(self.client.id, id, guard, &mut self.losses);
+        self.agent.held.add(self.client.id, id.clone(), guard, &mut self.losses);
+        // If the agent began to drain meanwhile, it may have found no lock, and not wait for this
+        // one. Dropping the guard releases it.
+        if self.agent.phase() >= Phase::Draining {
+            drop(self.agent.held.remove(&id));
+            self.replies.error(DRAINING);
+            return;
+        }
         self.replies.integer(number);
     }
 
@@ -352,5 +360,57 @@ async fn read_ahead(stream: &Stream, requests: &mut Requests, is_closed: bool) -
         Ok(Received::End)
     } else {
         receive(stream, requests).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use shardlock::LockManager;
+    use shardlock::config::Config;
+    use tokio::net::UnixStream;
+
+    use super::super::access::Access;
+    use super::super::clients::Peer;
+    use super::super::defaults::Defaults;
+    use super::super::limits::Limits;
+    use super::*;
+
+    /// With several threads, a lock may be granted as another thread lets the agent drain.
+    #[tokio::test]
+    async fn lock_that_is_granted_as_the_agent_begins_to_drain_is_given_up() {
+        let locks = LockManager::connect("memory://").await.unwrap();
+        let limits = Limits {
+            max_connections: 1,
+            max_locks: 1,
+            max_request_bytes: 1024,
+            auth_timeout: Duration::from_secs(1),
+        };
+        let access = Access::load(None).unwrap();
+        let agent = Arc::new(Agent::new(
+            locks.clone(),
+            limits,
+            access,
+            Defaults::new(Config::default()),
+        ));
+        let peer = Peer::Process {
+            pid: None,
+            uid: 0,
+            gid: 0,
+        };
+        let client = agent.clients.add(peer, 1).unwrap();
+        let (stream, _other_end) = UnixStream::pair().unwrap();
+        let mut session = Session::new(Arc::clone(&agent), client, Stream::Unix(stream));
+        let Ok(Command::Lock(lock)) = Command::parse(&[b"LOCK", b"k"]) else {
+            panic!("a command")
+        };
+
+        let guard = locks.lock("k").await.unwrap();
+        agent.enter(Phase::Draining);
+        session.grant(lock, guard);
+        assert_eq!(session.replies.unsent(), format!("-{DRAINING}\r\n").as_bytes());
+        assert_eq!(agent.held.count(), 0);
+        assert!(locks.lock("k").timeout(Duration::from_secs(20)).await.is_ok());
     }
 }
