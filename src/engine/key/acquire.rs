@@ -63,7 +63,7 @@ impl<W> Queue<W> {
 
     /// Sends the acquire of the current cycle again. A try remains a try: it must not join the
     /// store's queue.
-    pub(super) fn retry_acquire(&mut self, effects: &mut Effects<W>) {
+    pub(super) fn retry_acquire(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let first = self.waiters.front();
         let kind = if first.is_some_and(|first| first.options.try_only) {
             AcquireKind::Try
@@ -78,6 +78,7 @@ impl<W> Queue<W> {
         };
         let mut acquiring = Acquiring::new(cycle, kind, None);
         (acquiring.was_queued, acquiring.too_late) = (was_queued, too_late);
+        self.asked_in = cx.epoch;
         self.phase = Phase::Acquiring(acquiring);
         let request = self.acquire_request(cycle, kind);
         effects.request(request);
@@ -124,7 +125,7 @@ impl<W> Queue<W> {
         match answer.reply {
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && kind == AcquireKind::Fast => {
                 // The counter was lost. The script raises it.
-                self.retry_acquire(effects);
+                self.retry_acquire(cx, effects);
             }
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor => {
                 self.regress(cycle, tokens.first(), answer.floor, cx, effects);
@@ -201,11 +202,11 @@ impl<W> Queue<W> {
             self.enter(grant, position.enqueue_token, sent_at, cx, effects);
         }
         if missed_pushes && matches!(self.phase, Phase::Queued(_)) {
-            self.retry_acquire(effects);
+            self.retry_acquire(cx, effects);
         }
     }
 
-    /// Applies rules 2 and 3 to a grant for the queued cycle.
+    /// Applies rules 2 to 4 to a grant for the queued cycle.
     pub(super) fn enter(
         &mut self,
         grant: Grant,
@@ -231,21 +232,25 @@ impl<W> Queue<W> {
             effects.rare().stale_grant = true;
             return;
         }
+        if self.asked_in != cx.epoch {
+            // The server that sent it has been replaced.
+            return self.retry_acquire(cx, effects);
+        }
         let ttl = grant.cycle.ttl();
         if (sent_at + ttl).since(cx.now) * 2 <= ttl {
-            return self.retry_acquire(effects);
+            return self.retry_acquire(cx, effects);
         }
         self.hold(grant.cycle, grant.tokens, ttl, sent_at, Path::RemoteGrant, cx, effects);
     }
 
     /// The reply grants the lease, but it expired in transit.
-    pub(super) fn arrived_too_late(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
+    pub(super) fn arrived_too_late(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Acquiring(acquiring) = &mut self.phase else {
             return;
         };
         acquiring.too_late += 1;
         if acquiring.too_late < TOO_LATE_MAX && !self.waiters.is_empty() {
-            return self.retry_acquire(effects);
+            return self.retry_acquire(cx, effects);
         }
         effects.abandon(cycle);
         self.phase = Phase::Idle;

@@ -33,11 +33,11 @@ impl<W> Queue<W> {
     ) {
         let valid_until = sent_at + ttl.saturating_sub(drift(ttl));
         if valid_until <= cx.now {
-            return self.arrived_too_late(cycle, effects);
+            return self.arrived_too_late(cycle, cx, effects);
         }
         if self.min_hold_of_first().time() > ttl {
             // The waiter that the lease was requested for has left.
-            return self.retry_acquire(effects);
+            return self.retry_acquire(cx, effects);
         }
         // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
         // some.
@@ -421,7 +421,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &self.phase {
             Phase::Held(_) => self.lose(LossReason::ShardMap, cx, &mut effects),
-            Phase::Queued(_) | Phase::Retrying { .. } => self.retry_acquire(&mut effects),
+            Phase::Queued(_) | Phase::Retrying { .. } => self.retry_acquire(cx, &mut effects),
             Phase::Idle | Phase::Acquiring(_) | Phase::Releasing { .. } => {}
         }
         effects

@@ -192,7 +192,7 @@ impl<W> Queue<W> {
             if self.waiters.is_empty() {
                 self.stop_retrying(cycle, effects);
             } else if cx.now >= retry_at {
-                self.retry_acquire(effects);
+                self.retry_acquire(cx, effects);
             }
         }
     }

@@ -19,7 +19,7 @@ impl<W> Queue<W> {
             StoreEvent::RequestFailed { error, outage } => self.on_request_failed(cycle, error, outage, cx),
             StoreEvent::RequestCancelled => self.on_request_cancelled(cycle, cx),
             StoreEvent::Grant(grant) => self.on_grant(grant, cx),
-            StoreEvent::YourTurn => self.on_your_turn(cycle),
+            StoreEvent::YourTurn => self.on_your_turn(cycle, cx),
             StoreEvent::RemoteWaiter => self.on_remote_waiter(cycle, cx),
         }
     }
@@ -88,7 +88,7 @@ impl<W> Queue<W> {
                         };
                         self.answered(answer, cx, &mut effects);
                     }
-                    None => self.retry_acquire(&mut effects),
+                    None => self.retry_acquire(cx, &mut effects),
                 }
             }
             _ => {}
@@ -153,7 +153,7 @@ impl<W> Queue<W> {
                     effects.abandon(acquiring.cycle);
                     self.phase = Phase::Idle;
                 } else {
-                    self.retry_acquire(&mut effects);
+                    self.retry_acquire(cx, &mut effects);
                 }
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
@@ -183,6 +183,8 @@ impl<W> Queue<W> {
     /// 3. Validity counts from when the request that got the "queued" reply was sent, because the
     ///    grant was made after that. If at most half of the TTL is left by that count, the acquire
     ///    is sent again.
+    /// 4. The server must not have been replaced since then, since the new one knows nothing of the
+    ///    grant. If it has, the acquire is sent again.
     pub(super) fn on_grant(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
@@ -199,7 +201,7 @@ impl<W> Queue<W> {
                 self.enter(grant, enqueue_token, sent_at, cx, &mut effects);
             }
             // The enqueue mark is unknown, so only a reply can confirm the grant.
-            Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.retry_acquire(&mut effects),
+            Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.retry_acquire(cx, &mut effects),
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
             Phase::Acquiring(acquiring) if acquiring.releases == Some(grant.cycle) => {
@@ -216,11 +218,11 @@ impl<W> Queue<W> {
 
     /// The store reports that the cycle may be at the head of its queue. The acquire is sent again,
     /// and only the reply to it makes the manager the holder.
-    pub(super) fn on_your_turn(&mut self, cycle: Cycle) -> Effects<W> {
+    pub(super) fn on_your_turn(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Queued(queued) if queued.cycle == cycle => self.retry_acquire(&mut effects),
-            Phase::Retrying { cycle: current, .. } if *current == cycle => self.retry_acquire(&mut effects),
+            Phase::Queued(queued) if queued.cycle == cycle => self.retry_acquire(cx, &mut effects),
+            Phase::Retrying { cycle: current, .. } if *current == cycle => self.retry_acquire(cx, &mut effects),
             // The request in flight may have been executed before the turn came.
             Phase::Acquiring(acquiring) if acquiring.cycle == cycle => acquiring.missed_pushes = true,
             Phase::Held(held) if held.lease.cycle == cycle => {}
@@ -252,7 +254,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Acquiring(acquiring) => acquiring.missed_pushes = true,
-            Phase::Queued(_) | Phase::Retrying { .. } => self.retry_acquire(&mut effects),
+            Phase::Queued(_) | Phase::Retrying { .. } => self.retry_acquire(cx, &mut effects),
             Phase::Held(held) if held.confirmed_in != cx.epoch => held.renew_at = held.renew_at.min(cx.now),
             _ => {}
         }

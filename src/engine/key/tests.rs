@@ -248,7 +248,7 @@ impl Bench {
     }
 
     fn your_turn(&mut self, cycle: Cycle) -> Seen {
-        self.event(|queue, _| ((), queue.on_your_turn(cycle))).1
+        self.event(|queue, cx| ((), queue.on_your_turn(cycle, cx))).1
     }
 
     fn remote_waiter(&mut self, cycle: Cycle) -> Seen {

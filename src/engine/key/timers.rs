@@ -60,7 +60,7 @@ impl<W> Queue<W> {
                     self.end_linger(cx, &mut effects);
                 }
             }
-            Phase::Queued(queued) if cx.now >= queued.retry_at => self.retry_acquire(&mut effects),
+            Phase::Queued(queued) if cx.now >= queued.retry_at => self.retry_acquire(cx, &mut effects),
             Phase::Acquiring(_) | Phase::Retrying { .. } => self.tick_in_outage(cx, &mut effects),
             _ => {}
         }

@@ -294,3 +294,18 @@ fn a_reply_that_nobody_waits_for_is_cleaned_up() {
     assert_eq!(bench.reply(old, AcquireReply::Taken), NOTHING);
     assert_eq!(bench.reply_to_release(old, None), NOTHING);
 }
+
+/// Regression: a grant that was on its way while the server was replaced was accepted, although the
+/// new server knows nothing of it and may pass the key to another manager.
+#[test]
+fn rule_4_grant_of_a_replaced_server_is_confirmed_by_a_request() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.join_store_queue(10);
+    bench.epoch += 1;
+    let seen = bench.grant(grant(cycle, 11, 12));
+    assert_eq!(seen.acquires(), (cycle, AcquireKind::Enqueue, 1));
+    assert!(!bench.queue.is_settled(id));
+    // The new server has it wait, too, and passes the key on later.
+    assert_eq!(bench.reply(cycle, queued(13)), NOTHING);
+    assert_eq!(bench.grant(grant(cycle, 14, 14)).woken, [0]);
+}
