@@ -59,7 +59,7 @@ use crate::late_requests::LateRequests;
 use crate::protocol::Cycle;
 use crate::rate_limit::RateLimit;
 use crate::store::{KeyState, LeaseStore, StoreError, StoreFuture};
-use crate::telemetry::ShardMetrics;
+use crate::telemetry::{RequestKind, ShardMetrics};
 use crate::time_limit::within;
 use contention_hints::ContentionHints;
 use deadline::NextDeadline;
@@ -202,6 +202,9 @@ impl Shard {
         }
         // Rarely true, so threads do not contend for the cache line.
         if options.lease_ttl() > self.longest_ttl() {
+            self.store
+                .check_ttl(options.lease_ttl())
+                .map_err(|error| self.error(error, RequestKind::Acquire.step(), Some(key), now))?;
             self.longest_ttl
                 .fetch_max(in_micros(options.lease_ttl()), Ordering::Relaxed);
         }

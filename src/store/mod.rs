@@ -136,6 +136,12 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         (mode != LockMode::Exclusive).then_some("this kind of shard has exclusive locks only")
     }
 
+    /// Refuses a TTL that is too long for a lease in this store. Checked before a task waits, as it
+    /// may be served from a lease of its process, without a request.
+    fn check_ttl(&self, _ttl: Duration) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// When a connection that carries requests was last abandoned. Requests sent on it may still
     /// execute until [`LATE_MAX`] has passed. Until then, a release that was answered on another
     /// connection does not prove that nothing of its cycle is left.

@@ -9,7 +9,7 @@ use shardlock::error::LockErrorKind;
 use shardlock::{LockGuard, LockManager};
 use support::quorum::MAX_TTL;
 use support::{Quorum, RedisServer};
-use support_locks::{MARGIN, lock, soon, until};
+use support_locks::{MARGIN, lock, soon, until, waiting};
 
 /// A node on a busy machine may take longer than the default of a second to answer.
 const STORE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -309,6 +309,15 @@ async fn swapped_nodes_a_different_max_ttl_and_too_long_ttls_are_refused() {
         words.contains("redlock_max_ttl") && words.contains("ttl 6s") && words.contains("3s"),
         "{error}"
     );
+    // Even if the task would get the lock from another one of its process, without a request.
+    let guard = lock(&locks, "k").await;
+    let next = waiting(&locks, "k");
+    let too_long = locks.lock("k").ttl(MAX_TTL * 2).into_future();
+    let error = soon("the refusal", too_long).await.expect_err("too long");
+    assert!(error.to_string().contains("redlock_max_ttl"), "{error}");
+    guard.release().await.expect("release");
+    let next = soon("the next", next).await.expect("a task");
+    next.release().await.expect("release");
     let places: Vec<_> = quorum.nodes().iter().map(RedisServer::address).collect();
     let swapped = format!("redlock://{},{},{}", places[1], places[0], places[2]);
     let refused = [

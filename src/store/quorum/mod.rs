@@ -478,6 +478,10 @@ impl LeaseStore for QuorumStore {
         }
     }
 
+    fn check_ttl(&self, ttl: Duration) -> Result<(), StoreError> {
+        self.quorum.check_ttl(ttl)
+    }
+
     fn drain(&self) -> StoreFuture<()> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
