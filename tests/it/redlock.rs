@@ -334,6 +334,15 @@ async fn swapped_nodes_a_different_max_ttl_and_too_long_ttls_are_refused() {
     }
 }
 
+/// As while the password of the nodes is changed, one after the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_refuses_the_login_keeps_no_manager_from_connecting() {
+    let quorum = Quorum::start(3);
+    quorum.nodes()[1].command(&["CONFIG", "SET", "requirepass", "another"]);
+    let (one, other) = (connect(&quorum).await, connect(&quorum).await);
+    support_locks::hand_off(&one, &other, "k").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn quorum_reached_too_late_is_an_error_rather_than_a_lock() {
     let quorum = Quorum::start(3);

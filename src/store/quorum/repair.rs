@@ -13,11 +13,12 @@ use tokio::time::timeout;
 
 use super::Quorum;
 use super::node::Node;
-use super::tally::majority;
+use super::tally::{is_majority_without, majority};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::{Push, Release};
 use crate::store::{LeaseStore, Priority, StoreError};
+use crate::text::printable;
 
 /// The longest pause between two probes of all nodes; the shortest is half of it.
 const PROBE_PAUSE: Duration = Duration::from_millis(130);
@@ -50,6 +51,7 @@ pub(super) async fn run(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>
     tokio::pin!(probes);
     let mut subscribed = vec![false; quorum.nodes.len()];
     let mut cut_off = vec![false; quorum.nodes.len()];
+    let mut refusing = vec![false; quorum.nodes.len()];
     let mut started = false;
     loop {
         let push = tokio::select! {
@@ -65,7 +67,7 @@ pub(super) async fn run(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>
                 // The sequencer is one node of many: only the reply to a request makes an owner.
                 Push::Granted { key, grant } => Push::YourTurn { key, cycle: grant.cycle },
                 Push::Resubscribed { slot } => {
-                    subscribed[index] = true;
+                    (subscribed[index], refusing[index]) = (true, false);
                     if std::mem::take(&mut cut_off[index]) {
                         quorum.metrics.reconnects.increment(1);
                     }
@@ -81,6 +83,20 @@ pub(super) async fn run(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>
                     subscribed[index] = false;
                     cut_off[index] = true;
                     Push::Resubscribed { slot: None }
+                }
+                // A majority of the inboxes is enough: a node that is set up differently, as while
+                // passwords are changed, refuses no manager.
+                Push::Refused { reason } => {
+                    let is_new = !std::mem::replace(&mut refusing[index], true);
+                    let count = refusing.iter().filter(|&&refusing| refusing).count();
+                    if is_majority_without(count, quorum.nodes.len()) {
+                        if is_new {
+                            let node = &quorum.nodes[index].place;
+                            crate::log::warn!(node, reason = %printable(&reason), "a node of the quorum refuses the inbox");
+                        }
+                        continue;
+                    }
+                    Push::Refused { reason }
                 }
                 other => other,
             },
