@@ -155,7 +155,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         }));
     }
     if partial_claims.release.is_some() {
-        release_everywhere(quorum, release_of(request)).await;
+        release_everywhere(quorum, &sequencer, release_of(request)).await;
     }
     match (state, request.kind) {
         (VoteState::Lost { refused: true }, AcquireKind::Fast) => Ok(with(AcquireReply::Taken)),

@@ -44,6 +44,40 @@ impl Drop for UnansweredRelease {
     }
 }
 
+/// What the nodes have answered to a release. Each node counts once: the sequencer may change
+/// midway to a node that has already answered.
+struct Answers(Vec<(Arc<Node>, Answered)>);
+
+#[derive(Clone, Copy)]
+struct Answered {
+    /// The lease there was ours.
+    held: bool,
+    /// The next owner can get the vote of this node.
+    is_free: bool,
+}
+
+impl Answers {
+    fn add(&mut self, node: &Arc<Node>, held: bool) {
+        if self.0.iter().any(|(known, _)| Arc::ptr_eq(known, node)) {
+            return;
+        }
+        let is_free = held && node.store.has_vote();
+        self.0.push((Arc::clone(node), Answered { held, is_free }));
+    }
+
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn free(&self) -> usize {
+        self.0.iter().filter(|(_, answered)| answered.is_free).count()
+    }
+
+    fn not_ours(&self) -> usize {
+        self.0.iter().filter(|(_, answered)| !answered.held).count()
+    }
+}
+
 /// A release in flight at a node.
 struct SentRelease {
     unanswered: UnansweredRelease,
@@ -105,7 +139,7 @@ async fn attempt(
     request: Release,
     deadline: Moment,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
-    quorum.held.lock().remove(&request.cycle);
+    let was_held = quorum.held.lock().remove(&request.cycle).is_some();
     if let Some(next) = request.requeue {
         quorum.record_sent(next);
     }
@@ -131,38 +165,46 @@ async fn attempt(
     let mut at_sequencer = first_sequencer
         .as_ref()
         .map(|sequencer| UnansweredRelease::new(quorum, sequencer, plain.clone()));
-    let mut answered = 0;
-    let mut not_ours = 0;
+    let mut answers = Answers(Vec::with_capacity(quorum.nodes.len()));
+    let mut in_flight: FuturesUnordered<_> = send(quorum, priority, others, &plain)
+        .map(|sent| Box::pin(answer_of(sent)))
+        .collect();
+    // The sequencer's next owner needs a free majority. A node that had another lease, or that has
+    // no vote yet, does not count: with the others missing, the next owner would lose its turn.
+    let is_enough = |answers: &Answers| {
+        let counted = if was_held { answers.free() } else { answers.count() };
+        counted + 1 >= needed
+    };
+    while !is_enough(&answers)
+        && let Some((node, answer)) = in_flight.next().await
     {
-        let mut in_flight: FuturesUnordered<_> = send(quorum, priority, others, &plain)
-            .map(|sent| Box::pin(await_reply(sent)))
-            .collect();
-        // The sequencer's next owner needs a free majority.
-        while answered + 1 < needed {
-            let Some(answer) = in_flight.next().await else { break };
-            if let Some(answer) = answer {
-                answered += 1;
-                not_ours += usize::from(!answer.reply.held);
-            }
-        }
-        // Each ends within the limit for a node. They stay on the runtime on which they began; if
-        // that ends first, they become pending.
-        for rest in in_flight {
-            drop(tokio::spawn(rest));
+        if let Some(answer) = answer {
+            answers.add(&node, answer.reply.held);
         }
     }
+    // Each ends within the limit for a node. They stay on the runtime on which they began; if that
+    // ends first, they become pending.
+    let mut rest: FuturesUnordered<_> = in_flight.into_iter().map(tokio::spawn).collect();
     while let Some(unanswered) = at_sequencer {
         let node = Arc::clone(&unanswered.node);
         let reply = node.store.release(priority, request.clone());
         if let Some(Answer { ttl, floor, reply, .. }) = await_reply(SentRelease { unanswered, reply }).await {
-            not_ours += usize::from(!reply.held);
-            if answered + 1 < needed {
+            answers.add(&node, reply.held);
+            while answers.count() < needed
+                && let Some(ended) = rest.next().await
+            {
+                // A runtime that ends ends its tasks, and leaves a pending release.
+                if let Ok((node, Some(answer))) = ended {
+                    answers.add(&node, answer.reply.held);
+                }
+            }
+            if answers.count() < needed {
                 return Err(quorum.no_majority());
             }
             let reply = ReleaseReply {
                 // A node may have missed the claim. The lease was lost only if so many nodes refuse
                 // that no majority can have had it.
-                held: quorum.nodes.len() - not_ours >= needed,
+                held: quorum.nodes.len() - answers.not_ours() >= needed,
                 // A grant by the sequencer alone is no lock: the queue asks again, which claims the
                 // others.
                 requeued: reply
@@ -184,10 +226,21 @@ async fn attempt(
     Err(quorum.no_majority())
 }
 
-/// Releases a cycle at every node after it lost its vote, and waits for the nodes that answer.
-pub(super) async fn release_everywhere(quorum: &Arc<Quorum>, release: Release) {
-    let sent = send(quorum, Priority::Foreground, quorum.nodes.iter(), &release);
+/// Releases a cycle at every node after it lost its vote, and waits for the nodes that answer. The
+/// sequencer comes last, since it passes the key on.
+pub(super) async fn release_everywhere(quorum: &Arc<Quorum>, sequencer: &Arc<Node>, release: Release) {
+    // From here on, so that the sequencer gets the release even if this is dropped midway.
+    let unanswered = UnansweredRelease::new(quorum, sequencer, release.clone());
+    let others = quorum.nodes.iter().filter(|node| !Arc::ptr_eq(node, sequencer));
+    let sent = send(quorum, Priority::Foreground, others, &release);
     futures_util::future::join_all(sent.map(await_reply)).await;
+    let reply = sequencer.store.release(Priority::Foreground, release);
+    await_reply(SentRelease { unanswered, reply }).await;
+}
+
+/// The same as [`await_reply`], with the node.
+async fn answer_of(sent: SentRelease) -> (Arc<Node>, Option<Answer<ReleaseReply>>) {
+    (Arc::clone(&sent.unanswered.node), await_reply(sent).await)
 }
 
 /// Nodes that are down are not waited for: their releases become pending.
