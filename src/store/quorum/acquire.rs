@@ -21,6 +21,9 @@ use crate::store::{LeaseStore, StoreError};
 /// How long a cycle that lost a split vote backs off.
 const BACK_OFF: RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(100);
 
+/// The pause before a cycle that has its turn claims the other nodes again.
+const CLAIM_AGAIN_AFTER: Duration = Duration::from_millis(2);
+
 /// The nodes that may have something of a cycle that is acquired elsewhere. Unless the cycle holds
 /// the lease, each of them gets a pending release, even if the request is dropped. A cycle that
 /// holds the lease may rightly have it there.
@@ -133,14 +136,30 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         return Ok(with(if busy { AcquireReply::Taken } else { answer.reply }));
     };
     sequencer.metrics.given.increment(1);
-    let mut tally = Tally::new(quorum.nodes.len());
-    tally.count(Vote::Given { counter: 0 });
-    let votes = Votes {
-        tally,
-        asked: vec![Arc::clone(&sequencer)],
+    let claim_again_for = quorum.claim_again_for.min(ttl / 4);
+    let mut pause = Backoff::new(CLAIM_AGAIN_AFTER, claim_again_for);
+    let (state, tokens) = loop {
+        let mut tally = Tally::new(quorum.nodes.len());
+        tally.count(Vote::Given { counter: 0 });
+        let votes = Votes {
+            tally,
+            asked: vec![Arc::clone(&sequencer)],
+        };
+        let (tally, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
+        let state = tally.state();
+        // The other nodes may still have the lease of the owner before. This cycle keeps its turn
+        // while they get the release. Every vote but that of the sequencer is counted anew.
+        let delay = pause.next_delay();
+        let may_be_won = request.kind == AcquireKind::Enqueue
+            && !is_held
+            && matches!(state, VoteState::Lost { refused: true })
+            && Moment::now().since(sent_at) + delay < claim_again_for
+            && sequencer.store.has_vote();
+        if !may_be_won {
+            break (state, tokens);
+        }
+        tokio::time::sleep(delay).await;
     };
-    let (tally, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
-    let state = tally.state();
     let is_late = is_late(sent_at, ttl);
     if matches!(state, VoteState::Won(_)) && !is_late {
         quorum

@@ -89,6 +89,8 @@ struct Quorum {
     connect_limit: Duration,
     /// How long a request waits for a majority of nodes to be usable.
     majority_limit: Duration,
+    /// How long a cycle that has its turn claims nodes again that still have another lease.
+    claim_again_for: Duration,
     /// Notifies the repair worker that a node went down: the waiters in its queue must ask the next
     /// sequencer.
     sequencer_lost: Notify,
@@ -115,6 +117,10 @@ const MAJORITY_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// Why a quorum has no permits.
 const NO_PERMITS: &str = "a quorum can't bound the number of holders: with three nodes that admit \
                           two holders each, three holders have a majority";
+
+/// The longest time for which a cycle that has its turn claims nodes again. Two cycles that have
+/// their turns at different nodes block each other for as long.
+const CLAIM_AGAIN_FOR_MAX: Duration = Duration::from_millis(50);
 
 /// The longest time after which a silent node is down.
 const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);
@@ -146,6 +152,7 @@ impl QuorumStore {
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,
                 majority_limit: options.timeout * 2 / 5,
+                claim_again_for: (options.timeout / 32).min(CLAIM_AGAIN_FOR_MAX),
                 sequencer_lost: Notify::new(),
                 held: parking_lot::Mutex::new(HashMap::new()),
                 newest_cycle: AtomicU64::new(0),

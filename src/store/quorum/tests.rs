@@ -77,6 +77,7 @@ impl Bench {
         // A late answer on a loaded machine is no outage here, and what must fail need not be tried
         // for long.
         (limits.node_limit, limits.majority_limit) = (PATIENCE / 2, Duration::from_millis(200));
+        limits.claim_again_for = Duration::ZERO;
         store.connect().await.unwrap();
         // A connection that is opened later would report the servers' uptime, on which their votes
         // depend.
@@ -106,6 +107,12 @@ impl Bench {
     /// A node that does not answer for this long is down.
     fn with_node_limit(mut self, limit: Duration) -> Self {
         Arc::get_mut(&mut self.store.quorum).unwrap().node_limit = limit;
+        self
+    }
+
+    /// A cycle that has its turn claims nodes again for this long.
+    fn with_claim_again_for(mut self, limit: Duration) -> Self {
+        Arc::get_mut(&mut self.store.quorum).unwrap().claim_again_for = limit;
         self
     }
 
@@ -213,6 +220,30 @@ async fn claim_at_a_node_without_a_vote_does_not_count() {
     // With its vote there is a majority.
     bench.nodes[2].store.set_vote(true);
     bench.hold(8).await;
+}
+
+/// Regression: a waiter lost its turn if the release of the owner before was late at other nodes.
+#[tokio::test]
+async fn turn_is_kept_while_other_nodes_get_the_release_of_the_owner_before() {
+    let bench = Bench::new().await.with_claim_again_for(PATIENCE);
+    [1, 2].iter().for_each(|&node| bench.take(node));
+    let claims = || [1, 2].map(|node| bench.servers[node].script_calls());
+    let before = claims();
+    let release = async {
+        while (0..2).any(|node| claims()[node] == before[node]) {
+            tokio::task::yield_now().await;
+        }
+        for node in [1, 2] {
+            bench.servers[node].command(&["DEL", LEASE]);
+        }
+    };
+    let (reply, ()) = tokio::join!(bench.acquire(2, AcquireKind::Enqueue, 2 * TTL), release);
+    assert!(is_granted(&reply), "{reply:?}");
+    let owners = [0, 1, 2].map(|node| bench.owner(node));
+    assert!(
+        owners.iter().filter(|owner| **owner == bench.owner_tag(2)).count() >= 2,
+        "{owners:?}"
+    );
 }
 
 /// The sequencer restarts between the moment at which it is chosen and its answer. It may have
