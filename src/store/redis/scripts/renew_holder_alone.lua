@@ -16,10 +16,10 @@ local ends = tonumber(redis.call('ZRANGE', KEYS[1], rank, rank, 'WITHSCORES')[2]
 if ends <= now then
   return {0}
 end
+-- First, as in renew_modes.lua.
+local left = redis.call('PTTL', KEYS[1])
+redis.call('PEXPIRE', KEYS[1], math.max(left, tonumber(ARGV[2])))
 if ends < now + tonumber(ARGV[2]) then
   redis.call('ZADD', KEYS[1], 'XX', string.format('%.0f', now + tonumber(ARGV[2])), ARGV[1])
-end
-if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then
-  redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
 return {1}

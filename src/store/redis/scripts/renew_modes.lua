@@ -14,11 +14,12 @@ for i = 1, #KEYS, 3 do
     local rank = redis.call('ZRANK', KEYS[i + 2], me)
     local ends = rank and tonumber(redis.call('ZRANGE', KEYS[i + 2], rank, rank, 'WITHSCORES')[2])
     if ends and ends > now then
+      -- First, and always: a server that is out of memory refuses a script whose first write could
+      -- need some, but none of those after it.
+      local left = redis.call('PTTL', KEYS[i])
+      redis.call('PEXPIRE', KEYS[i], math.max(left, ttl))
       if ends < now + ttl then
         redis.call('ZADD', KEYS[i + 2], 'XX', string.format('%.0f', now + ttl), me)
-      end
-      if redis.call('PTTL', KEYS[i]) < ttl then
-        redis.call('PEXPIRE', KEYS[i], ttl)
       end
       if redis.call('PTTL', KEYS[i + 2]) < ttl then
         redis.call('PEXPIRE', KEYS[i + 2], ttl)
