@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockMode, LossReason};
 use support::worker;
-use support_locks::{MARGIN, TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
+use support_locks::{
+    MARGIN, TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued, waiting,
+};
 use tokio::task::JoinSet;
 
 /// Takes the key `k` in shared mode, or two of three permits of it, and keeps it.
@@ -341,5 +343,32 @@ async fn numbers_of_permits_have_bounds() {
             refused.kind() == LockErrorKind::Invalid && refused.to_string().contains(names),
             "{refused}"
         );
+    }
+}
+
+on_each_store! {
+    on(counted, own);
+
+    /// Regression: a writer that had died kept all readers waiting for as long as one of them read.
+    async fn dead_waiter_keeps_nobody_waiting_beside_shared_holders(store: &TestStore) {
+        let (here, there) = (store.manager().await, store.manager().await);
+        let reading = here.lock("k").shared().await.expect("a shared lock");
+        let mut dead = store.locker();
+        dead.request();
+        until_queued(&here, "k", 1).await;
+        let inboxes = store.server().channels().len();
+        dead.kill();
+        until("its inbox is gone", async || store.server().channels().len() == inboxes - 1).await;
+        let joining = there.lock("k").shared().into_future();
+        let joined = soon("a reader beside the other", joining).await.expect("a shared lock");
+        // A writer that lives has to wait, and nobody passes it.
+        let writing = waiting(&there, "k");
+        until_queued(&here, "k", 1).await;
+        assert!(here.try_lock("k").shared().await.expect("a try").is_none());
+        for guard in [reading, joined] {
+            guard.release().await.expect("release");
+        }
+        let writer = soon("the writer", writing).await.expect("a task");
+        writer.release().await.expect("release");
     }
 }

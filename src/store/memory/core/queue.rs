@@ -60,7 +60,8 @@ impl MemoryCore {
     }
 
     /// Admits the head of the queue and those that follow it, for as long as each can hold the key
-    /// beside those before it, and notifies them. Nobody passes a member that has to wait.
+    /// beside those before it, and notifies them. Nobody passes a member that has to wait, unless
+    /// its inbox is no longer subscribed while others hold the key together.
     ///
     /// A member whose inbox is no longer subscribed is skipped, and nothing is sent to it. A member
     /// whose inbox was not subscribed when it last asked gets a short lease instead, which it
@@ -71,10 +72,17 @@ impl MemoryCore {
         let mut granted: Vec<(String, Cycle, TokenBlock)> = Vec::new();
         while let Some(lock) = self.locks.get_mut(key)
             && let Some(head) = lock.queue.first()
-            && lock.admits(mode_of(&head.owner))
-            && let Some(heir) = lock.queue.pop_first()
         {
-            let Some((manager, cycle)) = parse_owner_tag(&heir.owner) else {
+            let is_admissible = lock.admits(mode_of(&head.owner));
+            if !is_admissible {
+                let is_reached = |(manager, _): (&str, Cycle)| self.subscribed.contains(manager);
+                let may_ask = me == Some(head.owner.as_str()) || !head.is_subscribed;
+                if lock.lease.is_some() || may_ask || parse_owner_tag(&head.owner).is_some_and(is_reached) {
+                    break;
+                }
+            }
+            let Some(heir) = lock.queue.pop_first() else { break };
+            let Some((manager, cycle)) = parse_owner_tag(&heir.owner).filter(|_| is_admissible) else {
                 continue;
             };
             let own_terms = Terms {

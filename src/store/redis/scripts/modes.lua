@@ -125,21 +125,26 @@ local function remove(me)
 end
 
 -- Makes the heads of the queue holders, for as long as each is admissible beside those before it.
--- Nobody passes a cycle that must wait. As in pass_on(): a cycle whose inbox is not reachable is
--- skipped or has a short lease, and `me` has `my_ttl` and learns of its lease from the reply.
--- Returns the largest token of `me`, and the last token that was reserved.
+-- Nobody passes a cycle that must wait, unless its inbox has gone while others hold the key
+-- together. As in pass_on(): a cycle whose inbox is not reachable is skipped or has a short lease,
+-- and `me` has `my_ttl` and learns of its lease from the reply. Returns the largest token of `me`,
+-- and the last token that was reserved.
 local function advance(me, my_ttl)
   local mine, last
   while waiting > 0 do
     local head = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
     local heir, score = head[1], head[2]
-    if not admits(heir) then
+    local manager, cycle, ttl = member(heir)
+    local is_admissible = admits(heir)
+    if not is_admissible and (owner or heir == me or string.find(score, '.5', 1, true)
+      or manager and is_subscribed(channel .. manager)) then
       break
     end
     redis.call('ZREM', KEYS[2], heir)
     waiting = waiting - 1
-    local manager, cycle, ttl = member(heir)
-    if heir == me then
+    if not is_admissible then
+      -- It is gone. While others hold the key together, possibly for long, nobody waits for it.
+    elseif heir == me then
       mine = reserve(n, floor)
       last = mine
       admit(heir, my_ttl)
