@@ -200,10 +200,14 @@ impl Watched {
         }
     }
 
-    /// Stops replication from the primary. The sentinels do not react for some seconds.
+    /// Stops replication from the primary. Although the sentinels soon tell the replicas again whom
+    /// to follow, it does not resume.
     #[track_caller]
     pub fn cut_replication(&self) {
         for replica in self.replicas() {
+            // The primary has no such user.
+            replica.command(&["CONFIG", "SET", "masteruser", "nobody"]);
+            replica.command(&["CONFIG", "SET", "masterauth", "none"]);
             // Nothing listens on this port.
             replica.command(&["REPLICAOF", "127.0.0.1", "1"]);
         }
