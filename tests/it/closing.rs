@@ -334,7 +334,10 @@ on_each_store! {
         for node in &nodes {
             assert!(node.dbsize() <= 16_384 + 1, "{}", node.dbsize());
         }
-        assert!(channels() <= nodes.len(), "{:?}", store.servers().names());
+        // In a cluster, a slot has an inbox for a minute after a request was repeated, as on a busy
+        // machine.
+        let most = nodes.len() + store.kind().many_keys() / 100;
+        assert!(channels() <= most, "{} inboxes", channels());
         user.send("end");
         assert_eq!(user.line(), "gone");
         wait_until("no inbox is left", PATIENCE, || channels() == 0);
