@@ -6,7 +6,6 @@ use tokio::sync::Notify;
 
 use crate::clock::Moment;
 use crate::error::LossReason;
-use crate::foreign::WAKERS;
 use crate::protocol::Cycle;
 use crate::sync::{AtomicU8, AtomicU64, Ordering};
 
@@ -92,7 +91,7 @@ impl Lease {
         let reason = self.loss_at(now)?;
         if self.loss().is_none() {
             self.lose(reason);
-            WAKERS.call(|| self.notify_of_loss());
+            self.notify_of_loss();
         }
         self.loss()
     }
