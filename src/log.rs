@@ -1,6 +1,5 @@
-//! Events for the log of the application. They are those of `tracing`, except that a subscriber
-//! that panics does not unwind into the code that logs: it may have a lock to give back, or a
-//! request to settle.
+//! Log events: the macros of `tracing`, except that a panic of the subscriber is caught. The code
+//! that logs may still have to release a lock, or to complete a request.
 
 macro_rules! debug_event {
     ($($event:tt)*) => { $crate::foreign::SUBSCRIBER.call(|| tracing::debug!($($event)*)) };

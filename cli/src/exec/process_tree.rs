@@ -53,7 +53,7 @@ impl ProcessTree {
     /// Sends a signal to the command and to the processes of the command in its group.
     pub(super) fn signal_group(&self, signal: Signal) {
         let sent = match self.group {
-            Group::Own => self.signal_own_group(signal, &self.processes()),
+            Group::Own => self.signal_own_group(signal),
             Group::Shared(group) => {
                 let mut sent = Err(Errno::SRCH);
                 for process in self.processes().iter().filter(|process| process.group == Some(group)) {
@@ -73,7 +73,7 @@ impl ProcessTree {
     pub(super) fn signal_all(&self, signal: Signal) -> Vec<Process> {
         let mut processes = self.processes();
         // Signalling the whole group at once does not miss a process that is just being forked.
-        let has_own = self.group == Group::Own && self.signal_own_group(signal, &processes) != Err(Errno::SRCH);
+        let has_own = self.group == Group::Own && self.signal_own_group(signal) != Err(Errno::SRCH);
         processes.retain(|process| {
             let sent = if has_own && process.group == Some(self.leader) {
                 test_kill_process(process.pid)
@@ -86,10 +86,9 @@ impl ProcessTree {
     }
 
     /// Signals the command's own process group, if it still exists.
-    fn signal_own_group(&self, signal: Signal, processes: &[Process]) -> Result<(), Errno> {
-        let has_members = || processes.iter().any(|process| process.group == Some(self.leader));
+    fn signal_own_group(&self, signal: Signal) -> Result<(), Errno> {
         // A group keeps its ID while it has members. Without /proc they are not known.
-        if self.is_leader_reaped.get() && cfg!(target_os = "linux") && !has_members() {
+        if self.is_leader_reaped.get() && cfg!(target_os = "linux") && !self.is_in(self.leader) {
             return Err(Errno::SRCH);
         }
         kill_process_group(self.leader, signal)

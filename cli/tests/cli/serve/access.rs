@@ -12,7 +12,7 @@ use super::Agent;
 use crate::tool::{bare, run, tool};
 
 /// A password file.
-fn password(text: &str) -> (TempDir, PathBuf) {
+pub(super) fn password(text: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("password");
     fs::write(&file, text).unwrap();

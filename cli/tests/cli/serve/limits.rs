@@ -4,9 +4,10 @@ use std::fs;
 use std::time::Duration;
 
 use redis::Value;
-use support::{PATIENCE, RedisServer, wait_until};
+use support::{PATIENCE, RedisServer, RespClient, wait_until};
 
 use super::Agent;
+use super::access::password;
 
 #[test]
 fn connections_are_limited() {
@@ -84,18 +85,21 @@ fn request_bytes_are_limited() {
     assert!(matches!(client.reply(), Value::BulkString(text) if text.len() == 1018));
 }
 
+/// An agent with a password and a short `--auth-timeout`, and a client that has authenticated.
+#[track_caller]
+fn with_auth_timeout(server: &RedisServer) -> (Agent, RespClient) {
+    let (_dir, file) = password("secret");
+    let file = file.to_str().expect("UTF-8");
+    let agent = Agent::with(server, &["--password-file", file, "--auth-timeout", "300ms"]);
+    let mut client = agent.connect();
+    assert_eq!(client.text(&["AUTH", "secret"]), "OK");
+    (agent, client)
+}
+
 #[test]
 fn the_time_until_a_client_authenticates_is_limited() {
     let server = RedisServer::start();
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("password");
-    fs::write(&file, "secret").unwrap();
-    let agent = Agent::with(
-        &server,
-        &["--password-file", file.to_str().unwrap(), "--auth-timeout", "300ms"],
-    );
-    let mut client = agent.connect();
-    assert_eq!(client.text(&["AUTH", "secret"]), "OK");
+    let (agent, mut client) = with_auth_timeout(&server);
     let mut idle = agent.connect();
     assert_eq!(
         idle.rest(),
@@ -108,15 +112,7 @@ fn the_time_until_a_client_authenticates_is_limited() {
 #[test]
 fn a_client_that_reads_no_replies_must_authenticate_in_time_too() {
     let server = RedisServer::start();
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("password");
-    fs::write(&file, "secret").unwrap();
-    let agent = Agent::with(
-        &server,
-        &["--password-file", file.to_str().unwrap(), "--auth-timeout", "300ms"],
-    );
-    let mut client = agent.connect();
-    assert_eq!(client.text(&["AUTH", "secret"]), "OK");
+    let (agent, mut client) = with_auth_timeout(&server);
     let mut deaf = agent.connect();
     // The agent sends more than the system buffers for a connection.
     deaf.send_bytes_within(&b"PING\r\n".repeat(100_000), Duration::from_millis(100));

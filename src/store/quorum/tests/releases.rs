@@ -169,3 +169,27 @@ async fn key_is_passed_on_once_a_majority_of_votes_is_free() {
         assert_eq!([bench.owner(0), bench.owner(2)], [None, None]);
     }
 }
+
+/// Regression: a waiter lost its turn if the release of the owner before was late at other nodes.
+#[tokio::test]
+async fn turn_is_kept_while_other_nodes_get_the_release_of_the_owner_before() {
+    let bench = Bench::new().await.with_claim_again_for(PATIENCE);
+    [1, 2].iter().for_each(|&node| bench.take(node));
+    let claims = || [1, 2].map(|node| bench.servers[node].script_calls());
+    let before = claims();
+    let release = async {
+        while (0..2).any(|node| claims()[node] == before[node]) {
+            tokio::task::yield_now().await;
+        }
+        for node in [1, 2] {
+            bench.servers[node].command(&["DEL", LEASE]);
+        }
+    };
+    let (reply, ()) = tokio::join!(bench.acquire(2, AcquireKind::Enqueue, 2 * TTL), release);
+    assert!(is_granted(&reply), "{reply:?}");
+    let owners = [0, 1, 2].map(|node| bench.owner(node));
+    assert!(
+        owners.iter().filter(|owner| **owner == bench.owner_tag(2)).count() >= 2,
+        "{owners:?}"
+    );
+}
