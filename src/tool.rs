@@ -23,6 +23,7 @@ use crate::router::ShardMap;
 #[cfg(doc)]
 use crate::store::Holder;
 use crate::store::KeyState;
+use crate::store::redis::MARKER;
 
 /// Returns the names of all settings, each with a one-line description.
 pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
@@ -94,6 +95,27 @@ pub fn key_of_lease(config: &Config, name: &str) -> Option<LockKey> {
 #[must_use]
 pub fn key_of_etcd_entry(config: &Config, name: &[u8]) -> Option<LockKey> {
     crate::store::etcd::key_of_entry(&config.namespace, name)
+}
+
+/// Who has a key, from the value of its lease in Redis ([`key_of_lease`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseOwner<'a> {
+    /// A cycle of the manager with this name.
+    Manager(&'a str),
+    /// Cycles that hold the key together: shared holders, or holders of permits.
+    Several,
+    /// A client of another library.
+    Other,
+}
+
+/// Returns who has a key whose lease in Redis has this value.
+#[must_use]
+pub fn owner_of_lease(value: &str) -> LeaseOwner<'_> {
+    match manager_of(value) {
+        Some(manager) => LeaseOwner::Manager(manager),
+        None if value == MARKER => LeaseOwner::Several,
+        None => LeaseOwner::Other,
+    }
 }
 
 /// Registers the descriptions of the agent's metrics with the installed recorder.

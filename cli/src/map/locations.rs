@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use deadpool_redis::Connection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::config::{Endpoint, ShardConfig};
-use shardlock::tool::{self, ServerUrl, manager_of};
+use shardlock::tool::{self, LeaseOwner, ServerUrl, owner_of_lease};
 
 use crate::exit::{self, Failure};
 use crate::servers::{Connector, escape_glob, primaries, query};
@@ -198,19 +198,20 @@ async fn leases_on(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leas
                 .ok()
                 .and_then(|name| tool::key_of_lease(connector.config, name));
             let Some(key) = key else { continue };
-            let owner: Option<Vec<u8>> = match query(&mut connection, cmd("GET").arg(name)).await {
-                Ok(owner) => owner,
+            let value: Option<Vec<u8>> = match query(&mut connection, cmd("GET").arg(name)).await {
+                Ok(value) => value,
                 // A value that is not a string is not a lease.
                 Err(reason) if reason.contains("WRONGTYPE") => None,
                 Err(reason) => return Err(reason),
             };
-            let owner = String::from_utf8_lossy(&owner.unwrap_or_default()).into_owned();
-            if manager_of(&owner).is_some() {
-                return Ok(Leases::Some {
-                    example: key.to_string(),
-                    owner,
-                });
-            }
+            let value = String::from_utf8_lossy(&value.unwrap_or_default()).into_owned();
+            let owner = match owner_of_lease(&value) {
+                LeaseOwner::Manager(_) => value,
+                LeaseOwner::Several => "several holders".to_owned(),
+                LeaseOwner::Other => continue,
+            };
+            let example = key.to_string();
+            return Ok(Leases::Some { example, owner });
         }
         cursor = next;
         if cursor == 0 {

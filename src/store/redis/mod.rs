@@ -33,6 +33,8 @@ mod server_time;
 mod subscriber;
 mod token_floor;
 
+pub(crate) use script::MARKER;
+
 /// See [`tool::why_not_connected`](crate::tool::why_not_connected).
 pub(crate) async fn why_not_connected(server: &ServerUrl, error: &RedisError, timeout: Duration) -> String {
     let explained = match server.with_password().into_connection_info() {

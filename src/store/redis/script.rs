@@ -187,7 +187,7 @@ pub(super) struct ModeScripts {
 /// The value of a lease while shared holders or holders of permits have the key. No owner tag, so
 /// no manager ever writes it as its own; the tilde keeps it apart from the random values, process
 /// numbers and dates that other libraries store.
-pub(super) const MARKER: &str = "~shared";
+pub(crate) const MARKER: &str = "~shared";
 
 /// How far the scripts of a cluster raise a counter above the server's time. The same in
 /// cluster.lua.

@@ -252,3 +252,32 @@ on_each_store! { on(servers);
         guard.release().await.expect("release");
     }
 }
+
+on_each_store! { on(permits_of_servers);
+    // A killed manager no longer listens, but its lease lasts until its TTL.
+    async fn shard_map_is_kept_while_leases_of_dead_managers_last(store: &TestStore) {
+        let more = RedisServer::start();
+        for mode in [&[][..], &["--shared"], &["--permits", "2/3"]] {
+            let namespace = format!("{}{}:", store.namespace(), mode.join(""));
+            let in_namespace = |args: &[&str]| {
+                let mut command = with_settings(store, args);
+                command.env("SHARDLOCK_NAMESPACE", &namespace).env("SHARDLOCK_TTL", "60s");
+                command
+            };
+            let hold = [&["exec"], mode, &["k", "sh", "-c", "echo held; exec sleep 600"]].concat();
+            let mut holder = Run::start(in_namespace(&hold));
+            holder.wait_until_it_prints("held");
+            holder.kill();
+            let inbox = format!("{namespace}in:");
+            let is_inbox = |name: &String| name.starts_with(&inbox);
+            until("the holder no longer listens", async || !store.servers().names().iter().any(is_inbox)).await;
+            let old = store.servers().maps(&namespace);
+            let mut set = in_namespace(&["map", "set", "--expect", "v2 shard-0:0-16383"]);
+            set.env("SHARDLOCK_SHARDS", format!("{} {}", store.urls().join(" "), more.url()));
+            let refused = run(set);
+            assert_eq!(refused.code, 69, "{mode:?}: {refused:?}");
+            assert!(refused.stderr.contains("is held or waited for by"), "{mode:?}: {refused:?}");
+            assert_eq!(store.servers().maps(&namespace), old, "{mode:?}");
+        }
+    }
+}
