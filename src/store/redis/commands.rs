@@ -262,9 +262,10 @@ impl Commands {
     pub(super) fn fill_claim(&self, command: &mut Cmd, claim: &Claim, floor: u64) {
         let names = self.names.of(&claim.key);
         let is_exclusive = claim.cycle.mode().is_exclusive();
-        command.arg(if is_exclusive { 2 } else { 3 });
+        command.arg(if is_exclusive { 3 } else { 4 });
         names.lease().write(command);
         names.counter().write(command);
+        names.queue().write(command);
         if !is_exclusive {
             names.holders().write(command);
         }

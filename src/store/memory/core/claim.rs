@@ -6,8 +6,8 @@ use crate::key::LockKey;
 use crate::store::redis::claim::{ClaimKind, Claimed};
 
 impl MemoryCore {
-    /// Takes or extends a lease for a cycle that has it at the sequencer. Ignores the queue. Raises
-    /// the counter to `at_least`.
+    /// Takes or extends a lease for a cycle that has it at the sequencer, and takes the cycle out of
+    /// the queue, which decides nothing here. Raises the counter to `at_least`.
     pub(crate) fn claim(&mut self, key: &LockKey, me: &str, kind: ClaimKind, at_least: u64, terms: Terms) -> Claimed {
         let lock = self.lock(key, terms.now);
         let is_held = lock.is_held_by(me);
@@ -18,6 +18,7 @@ impl MemoryCore {
         if is_held {
             self.extend(key, me, terms.now + terms.ttl);
         } else {
+            self.leave(key, me);
             self.admit(key, me, terms);
         }
         let counter = self.counters.entry(key.slot()).or_default();

@@ -417,11 +417,7 @@ impl MemoryCore {
                     ends: Some(ends),
                 })
             }
-            mode => {
-                // A claim ignores the queue, so a cycle may hold when its turn comes.
-                lock.holders.retain(|holder| holder.owner != owner);
-                lock.holders.push(HolderRecord { owner, mode, ends });
-            }
+            mode => lock.holders.push(HolderRecord { owner, mode, ends }),
         }
     }
 

@@ -54,6 +54,9 @@ const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
 /// How much of a remaining time may pass before the test checks it. All times used differ by more.
 const SLACK: u64 = 40_000;
 
+/// The keys of a claim. That of an exclusive lease does without the last.
+const CLAIM_KEYS: [&str; 4] = ["lease", "counter", "queue", "holders"];
+
 /// A server, with fixed names for one lock.
 struct Bench {
     server: RedisServer,
@@ -76,13 +79,13 @@ impl Bench {
     fn claim(&self, owner_tag: &str, ttl: u64, least: u64, floor: u64) -> Vec<u64> {
         let (ttl, least, floor) = (ttl.to_string(), least.to_string(), floor.to_string());
         let args = [owner_tag, &ttl, &least, &floor, "take"];
-        self.call(self.scripts.claim.text(), &["lease", "counter"], &args)
+        self.call(self.scripts.claim.text(), &CLAIM_KEYS[..3], &args)
     }
 
     fn extend_claim(&self, owner_tag: &str, ttl: u64, least: u64) -> Vec<i64> {
         let (ttl, least) = (ttl.to_string(), least.to_string());
         let args = [owner_tag, &ttl, &least, "0", "extend"];
-        self.call(self.scripts.claim.text(), &["lease", "counter"], &args)
+        self.call(self.scripts.claim.text(), &CLAIM_KEYS[..3], &args)
     }
 
     /// A claim of a shared lease, `take` or `extend`.
@@ -90,7 +93,7 @@ impl Bench {
         let (ttl, least) = (ttl.to_string(), least.to_string());
         let args = [owner_tag, &ttl, &least, "0", kind];
         let script = self.scripts.modes.claim.text();
-        self.call(script, &["lease", "counter", "holders"], &args)
+        self.call(script, &CLAIM_KEYS, &args)
     }
 
     fn renew_alone(&self, owner_tag: &str, ttl: u64) -> Vec<u64> {

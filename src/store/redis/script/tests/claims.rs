@@ -24,11 +24,35 @@ fn claim_takes_a_free_lease_and_no_other_owners() {
     bench.own("another-library", None);
     let reply: Vec<i64> = bench.call(
         bench.scripts.claim.text(),
-        &["lease", "counter"],
+        &CLAIM_KEYS[..3],
         &[&one, "1000", "9", "0", "take"],
     );
     assert_eq!(reply, [0]);
     assert_eq!(bench.owner().as_deref(), Some("another-library"));
+}
+
+/// Regression: a cycle that waited here while this node was the sequencer, and then got the lease
+/// through another one, was granted the lease again by its own release.
+#[test]
+fn claimed_cycle_no_longer_waits() {
+    for mode in ["", "-s"] {
+        let bench = Bench::new();
+        let (me, behind) = (in_mode(1, mode), in_mode(2, mode));
+        bench.server.command(&["ZADD", "queue", "1.5", &me, "2.5", &behind]);
+        let claimed = match mode {
+            "" => bench.claim(&me, 300_000, 7, 0)[0],
+            _ => bench.claim_shared(&me, 300_000, 7, "take")[0].unsigned_abs(),
+        };
+        assert_eq!(claimed, 1, "{mode:?}");
+        assert_eq!(bench.state().1, [behind.as_str(), "2.5"], "{mode:?}: the others wait on");
+        let released = match mode {
+            "" => bench.release(&me, ""),
+            _ => bench.release_in_mode(&me),
+        };
+        assert_eq!(released[0], 1, "{mode:?}: {released:?}");
+        let is_mine = bench.owner() == Some(me.clone()) || bench.holders().contains(&me);
+        assert!(!is_mine, "{mode:?}: {:?} {:?}", bench.owner(), bench.holders());
+    }
 }
 
 /// The owner relies on the expiry it was last granted, whatever TTL that request had. A claim that
