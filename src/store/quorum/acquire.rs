@@ -138,14 +138,14 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     sequencer.metrics.given.increment(1);
     let claim_again_for = quorum.claim_again_for.min(ttl / 4);
     let mut pause = Backoff::new(CLAIM_AGAIN_AFTER, claim_again_for);
-    let (state, tokens) = loop {
+    let (state, tokens, in_flight) = loop {
         let mut tally = Tally::new(quorum.nodes.len());
         tally.count(Vote::Given { counter: 0 });
         let votes = Votes {
             tally,
             asked: vec![Arc::clone(&sequencer)],
         };
-        let (tally, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
+        let (tally, tokens, in_flight) = claim_rest(quorum, request, sent_at, votes, tokens).await;
         let state = tally.state();
         // The other nodes may still have the lease of the owner before. This cycle keeps its turn
         // while they get the release. Every vote but that of the sequencer is counted anew.
@@ -156,7 +156,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             && Moment::now().since(sent_at) + delay < claim_again_for
             && sequencer.store.has_vote();
         if !may_be_won {
-            break (state, tokens);
+            break (state, tokens, in_flight);
         }
         tokio::time::sleep(delay).await;
     };
@@ -167,6 +167,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             .iter()
             .for_each(|node| node.store.saw_token(slot, tokens.last()));
         quorum.confirm(request.cycle, Moment::now());
+        in_flight.await_answers(quorum);
         return Ok(with(AcquireReply::Granted {
             tokens,
             queued,

@@ -44,7 +44,7 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
         match extend_at(quorum, node, request).await {
             Ok(Some(Extension { tokens, queued, floor })) => {
                 votes.tally.count(Vote::Given { counter: 0 });
-                let (tally, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
+                let (tally, tokens, _) = claim_rest(quorum, request, sent_at, votes, tokens).await;
                 return match tally.state() {
                     VoteState::Won(_) if is_late(sent_at, ttl) => Err(too_late(ttl)),
                     VoteState::Won(_) => {

@@ -17,19 +17,23 @@ use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::{LeaseStore, Priority, StoreError, StoreFuture};
 
 /// A release that a node must receive. If this is dropped before the node has answered, the release
-/// becomes pending.
+/// becomes pending, and so does one that may have overtaken a claim.
 struct UnansweredRelease {
     quorum: Arc<Quorum>,
     node: Arc<Node>,
     release: Option<Release>,
+    /// A claim of the cycle may arrive after it: the claim is in flight on another connection.
+    may_overtake: bool,
 }
 
 impl UnansweredRelease {
-    fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, release: Release) -> Self {
+    fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, priority: Priority, release: Release) -> Self {
         quorum.releasing.fetch_add(1, Ordering::AcqRel);
         Self {
             quorum: Arc::clone(quorum),
             node: Arc::clone(node),
+            // Claims travel on the connections of the application's tasks.
+            may_overtake: priority == Priority::Background && node.has_unanswered_claim(release.cycle),
             release: Some(release),
         }
     }
@@ -90,7 +94,10 @@ async fn await_reply(sent: SentRelease) -> Option<Answer<ReleaseReply>> {
     let SentRelease { mut unanswered, reply } = sent;
     match timeout(unanswered.quorum.node_limit, reply).await {
         Ok(Ok(answer)) => {
-            if let Some(release) = unanswered.release.take() {
+            // One that may have overtaken a claim is sent again on the claim's connection.
+            if !unanswered.may_overtake
+                && let Some(release) = unanswered.release.take()
+            {
                 let quorum = &unanswered.quorum;
                 unanswered
                     .node
@@ -164,7 +171,7 @@ async fn attempt(
     // From here on, so that the sequencer gets the release even if this is dropped midway.
     let mut at_sequencer = first_sequencer
         .as_ref()
-        .map(|sequencer| UnansweredRelease::new(quorum, sequencer, plain.clone()));
+        .map(|sequencer| UnansweredRelease::new(quorum, sequencer, priority, plain.clone()));
     let mut answers = Answers(Vec::with_capacity(quorum.nodes.len()));
     let mut in_flight: FuturesUnordered<_> = send(quorum, priority, others, &plain)
         .map(|sent| Box::pin(answer_of(sent)))
@@ -221,7 +228,7 @@ async fn attempt(
         at_sequencer = quorum
             .sequencer(slot)
             .filter(|next| !Arc::ptr_eq(next, &node))
-            .map(|next| UnansweredRelease::new(quorum, next, plain.clone()));
+            .map(|next| UnansweredRelease::new(quorum, next, priority, plain.clone()));
     }
     Err(quorum.no_majority())
 }
@@ -230,7 +237,7 @@ async fn attempt(
 /// sequencer comes last, since it passes the key on.
 pub(super) async fn release_everywhere(quorum: &Arc<Quorum>, sequencer: &Arc<Node>, release: Release) {
     // From here on, so that the sequencer gets the release even if this is dropped midway.
-    let unanswered = UnansweredRelease::new(quorum, sequencer, release.clone());
+    let unanswered = UnansweredRelease::new(quorum, sequencer, Priority::Foreground, release.clone());
     let others = quorum.nodes.iter().filter(|node| !Arc::ptr_eq(node, sequencer));
     let sent = send(quorum, Priority::Foreground, others, &release);
     futures_util::future::join_all(sent.map(await_reply)).await;
@@ -256,7 +263,7 @@ fn send<'a>(
             return None;
         }
         Some(SentRelease {
-            unanswered: UnansweredRelease::new(quorum, node, release.clone()),
+            unanswered: UnansweredRelease::new(quorum, node, priority, release.clone()),
             reply: node.store.release(priority, release.clone()),
         })
     })

@@ -13,6 +13,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use support::RedisServer;
+use support::proxy::Proxy;
 use support::wait::{PATIENCE, eventually};
 
 use super::*;
@@ -61,8 +62,26 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
-        let mut servers: Vec<_> = (0..3).map(|_| RedisServer::start()).collect();
+        let servers: Vec<_> = (0..3).map(|_| RedisServer::start()).collect();
         let places: Vec<_> = servers.iter().map(RedisServer::address).collect();
+        Self::of(servers, &places).await
+    }
+
+    /// With a proxy in front of each server, in the order of the nodes.
+    async fn behind_proxies() -> (Self, [Proxy; 3]) {
+        let servers: Vec<_> = (0..3).map(|_| RedisServer::start()).collect();
+        let mut proxies: Vec<_> = servers.iter().map(|server| Proxy::start(server.address())).collect();
+        let places: Vec<_> = proxies.iter().map(Proxy::address).collect();
+        let bench = Self::of(servers, &places).await;
+        let proxies = [0, 1, 2].map(|index| {
+            let is_it = |proxy: &Proxy| proxy.address() == bench.nodes[index].place;
+            proxies.swap_remove(proxies.iter().position(is_it).unwrap())
+        });
+        (bench, proxies)
+    }
+
+    /// Nodes that are reached at these places.
+    async fn of(servers: Vec<RedisServer>, places: &[String]) -> Self {
         let endpoint = Endpoint::parse(&format!("redlock://{}", places.join(","))).unwrap();
         let EndpointKind::Redlock { nodes } = endpoint.kind() else {
             panic!("{endpoint} is no quorum")
@@ -85,9 +104,10 @@ impl Bench {
         let quorum = &store.quorum;
         let order: Vec<_> = quorum.order(quorum.slot(&key())).map(Arc::clone).collect();
         let nodes: [Arc<Node>; 3] = order.try_into().unwrap_or_else(|_| panic!("not three nodes"));
+        let mut servers: Vec<_> = servers.into_iter().map(Some).collect();
         let servers = [0, 1, 2].map(|index| {
-            let is_it = |server: &RedisServer| server.address() == nodes[index].place;
-            servers.swap_remove(servers.iter().position(is_it).unwrap())
+            let place = places.iter().position(|place| *place == nodes[index].place);
+            servers[place.unwrap()].take().unwrap()
         });
         nodes.iter().for_each(|node| node.store.set_vote(true));
         Self {

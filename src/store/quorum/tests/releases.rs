@@ -8,6 +8,10 @@ impl Bench {
     }
 
     async fn release_and_requeue(&self, cycle: u64, next: Option<u64>) -> Result<ReleaseReply, StoreError> {
+        self.release_on(Priority::Foreground, cycle, next).await
+    }
+
+    async fn release_on(&self, priority: Priority, cycle: u64, next: Option<u64>) -> Result<ReleaseReply, StoreError> {
         let release = Release {
             key: key(),
             cycle: Cycle::of(cycle),
@@ -16,7 +20,7 @@ impl Bench {
             nobody_waits: false,
             retire_until: None,
         };
-        let answer = self.store.release(Priority::Foreground, release).await?;
+        let answer = self.store.release(priority, release).await?;
         Ok(answer.reply)
     }
 }
@@ -101,6 +105,24 @@ async fn requeued_cycle_is_not_granted_by_the_sequencer_alone() {
     ]);
     let reply = bench.release_and_requeue(4, Some(6)).await.unwrap();
     assert!(matches!(reply.requeued, Some(AcquireReply::Queued(_))), "{reply:?}");
+}
+
+/// Regression: the node executed the claim after the release, and had a lease that nobody released
+/// until its TTL.
+#[tokio::test]
+async fn release_that_overtakes_a_claim_is_sent_again_behind_it() {
+    let (bench, proxies) = Bench::behind_proxies().await;
+    bench.nodes[2].store.leave_background();
+    proxies[2].withhold();
+    bench.nodes[2].store.connect_background().await.unwrap();
+    bench.nodes[2].store.set_vote(true);
+    bench.hold(2).await;
+    assert!(bench.release_on(Priority::Background, 2, None).await.unwrap().held);
+    assert_eq!([0, 1, 2].map(|node| bench.owner(node)), [None, None, None]);
+    proxies[2].deliver_late();
+    eventually("the claim is executed", PATIENCE, || bench.owner(2) == bench.owner_tag(2)).await;
+    assert!(repair::finish_pending_releases(&bench.store.quorum, &bench.nodes[2]).await);
+    assert_eq!(bench.owner(2), None);
 }
 
 /// Most outages are short.
