@@ -126,7 +126,7 @@ export class Agent {
       const locking = connection.call('LOCK', key, ...words.flat());
       const [, token] = await Promise.all([connection.greeting, locking]);
       signal?.throwIfAborted();
-      if (token !== null) return hold(connection, key, token, onLost, keep);
+      if (token !== null) return hold(connection, String(key), token, onLost, keep);
     } catch (error) {
       end();
       throw signal?.aborted ? signal.reason : error;

@@ -100,6 +100,11 @@ test('a lost lock aborts its signal, calls onLost, and fails its release', async
   await assert.rejects(lock.release(), LockLost);
   assert.deepEqual(reasons, ['max_hold']);
 
+  // The agent names the key as text.
+  const numbered = await agent.lock(7, { maxHold: 50 });
+  await once(numbered.signal, 'abort');
+  await assert.rejects(numbered.release(), /lost \(max_hold\)/);
+
   const body = (lock) => once(lock.signal, 'abort');
   await assert.rejects(agent.withLock('lost', { maxHold: 50 }, body), LockLost);
 });

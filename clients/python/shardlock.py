@@ -29,27 +29,24 @@ class Lock:
     def __init__(self, client, key, token, on_lost):
         if token is None:
             raise LockTimeout(f"the lock of {key!r} was not acquired in time")
-        self.key, self.token, self.lost = key, token, None
+        self.key = key.decode() if isinstance(key, bytes) else str(key)  # as in messages
+        self.token, self.lost, self._pid = token, None, os.getpid()
         self._client, self._on_lost = client, on_lost
 
     def remaining(self):
         """For how many seconds from now the lock is certainly held. In asyncio, await it."""
         return self._client.execute_command("HELD", self.key, self.token)
 
-    def _receive(self, message):
-        if message[:3] == ["lost", self.key, self.token]:
-            self._lose(message[3])
-
     def _lose(self, reason):
         self.lost, on_lost, self._on_lost = reason, self._on_lost, None
         try:
             if on_lost:
                 on_lost(reason)
-        except Exception:
+        except BaseException:  # also SystemExit: the end of the statement waits for this thread
             logging.getLogger(__name__).exception("on_lost of the lock of %r failed", self.key)
 
     def _check(self, unlocked):
-        if unlocked != 1:
+        if unlocked != 1 and self._pid == os.getpid():
             raise LockLost(f"the lock of {self.key!r} was lost ({self.lost or 'it had ended'})")
 
 
@@ -69,18 +66,18 @@ class Agent:
     def __init__(self, address=None, **options):
         address = address or os.environ.get("SHARDLOCK_AGENT") or "/run/shardlock/agent.sock"
         url = address if "://" in address else "unix://" + urllib.parse.quote(address)
-        options = {"max_connections": 2**31, "socket_timeout": None, **options}
+        options = {"max_connections": 2**31, **options}
         self.client = self._client_class.from_url(url, protocol=3, decode_responses=True, **options)
+        self.client.connection_pool.connection_kwargs["socket_timeout"] = None  # waits are long
         self.client.set_response_callback("HELD", lambda ms, **_: ms / 1000)
 
     @contextlib.contextmanager
     def lock(self, key, *, on_lost=None, **options):
-        """A lock, for a `with` statement or the calls of a decorated function.
-
-        `timeout`, `ttl`, `min_hold` and `max_hold` are in seconds, `permits` is a pair. `on_lost`
-        is called by a thread, with the reason."""
+        """A lock, for a `with` statement or the calls of a decorated function. `timeout`, `ttl`,
+        `min_hold` and `max_hold` are in seconds, `permits` is a pair. `on_lost` is called by a
+        thread, with the reason."""
         # A lock ends with the connection that took it, so it has one for itself until UNLOCK.
-        pool, unlocked = self.client.connection_pool, None
+        pool, lock, unlocked = self.client.connection_pool, None, None
         connection = pool.get_connection()
         try:
             connection.send_command(*_words(key, **options))
@@ -93,12 +90,13 @@ class Agent:
                 yield lock
             finally:
                 lock._on_lost = None
-                with contextlib.suppress(redis.ConnectionError):
-                    connection.send_command("UNLOCK", key, lock.token, check_health=False)
-                    unlocked = replies.get() if on_lost else self._read(lock, connection)
+                if lock._pid == os.getpid():  # in a forked child, the parent still holds it
+                    with contextlib.suppress(redis.ConnectionError):
+                        connection.send_command("UNLOCK", key, lock.token, check_health=False)
+                        unlocked = replies.get() if on_lost else self._read(lock, connection)
             lock._check(unlocked)
         except BaseException as error:  # also KeyboardInterrupt
-            if unlocked is None and not isinstance(error, LockTimeout):
+            if unlocked is None and (lock or not isinstance(error, LockTimeout)):
                 connection.disconnect()
             raise
         finally:
@@ -107,7 +105,8 @@ class Agent:
     def _read(self, lock, connection):
         try:
             while isinstance(reply := connection.read_response(**_READING), list):
-                lock._receive(reply)
+                if reply[:3] == ["lost", lock.key, lock.token]:
+                    lock._lose(reply[3])
             return reply
         except Exception:
             lock._lose("disconnected")
@@ -120,7 +119,7 @@ class AsyncAgent(Agent):
 
     @contextlib.asynccontextmanager
     async def lock(self, key, *, on_lost=None, **options):
-        pool, unlocked = self.client.connection_pool, None
+        pool, lock, unlocked = self.client.connection_pool, None, None
         connection = await pool.get_connection()
         try:
             await connection.send_command(*_words(key, **options))
@@ -135,7 +134,7 @@ class AsyncAgent(Agent):
                     unlocked = await watcher
             lock._check(unlocked)
         except BaseException as error:  # also CancelledError
-            if unlocked is None and not isinstance(error, LockTimeout):
+            if unlocked is None and (lock or not isinstance(error, LockTimeout)):
                 await connection.disconnect(nowait=True)
             raise
         finally:
@@ -144,7 +143,8 @@ class AsyncAgent(Agent):
     async def _read(self, lock, connection):
         try:
             while isinstance(reply := await connection.read_response(**_READING), list):
-                lock._receive(reply)
+                if reply[:3] == ["lost", lock.key, lock.token]:
+                    lock._lose(reply[3])
             return reply
         except Exception:
             lock._lose("disconnected")

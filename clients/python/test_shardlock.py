@@ -4,9 +4,11 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import sys
 import threading
 import time
 import unittest
+import warnings
 
 import redis
 import shardlock
@@ -130,6 +132,47 @@ class Blocking(unittest.TestCase):
             with self.agent.lock("lost", max_hold=0.05) as lock:
                 while lock.remaining():
                     time.sleep(0.002)
+
+    def test_a_loss_is_reported_whatever_type_the_key_has(self):
+        for key in (7, 2.5, b"bytes"):
+            with self.assertRaisesRegex(shardlock.LockLost, r"\(max_hold\)"):
+                with self.agent.lock(key, max_hold=0.05) as lock:
+                    while lock.remaining():
+                        time.sleep(0.002)
+
+    def test_an_on_lost_that_exits_does_not_hang_the_statement(self):
+        with self.assertRaises(shardlock.LockLost), self.assertLogs("shardlock", "ERROR"):
+            with self.agent.lock("exiting", max_hold=0.05, on_lost=sys.exit) as lock:
+                while lock.remaining():
+                    time.sleep(0.002)
+
+    def test_a_socket_timeout_ends_neither_a_wait_nor_a_lock(self):
+        url = f"unix://{os.environ['SHARDLOCK_AGENT']}?socket_timeout=0.01"
+        for agent in (shardlock.Agent(socket_timeout=0.01), shardlock.Agent(url)):
+            self.addCleanup(agent.client.close)
+            with agent.lock("long", on_lost=self.fail):
+                with self.assertRaises(shardlock.LockTimeout):
+                    with agent.lock("long", timeout=0.1):
+                        pass
+
+    def test_a_forked_child_leaves_the_lock_to_its_parent(self):
+        for on_lost in (None, self.fail):
+            child = None
+            try:
+                with self.agent.lock("forked", on_lost=on_lost) as lock:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)  # for threads
+                        child = os.fork()
+                    if child:
+                        self.assertEqual(os.waitpid(child, 0)[1], 0)
+                        self.assertGreater(lock.remaining(), 0)
+                        self.assert_held("forked")
+                    else:
+                        signal.alarm(PATIENCE_S)
+            finally:
+                if child == 0:
+                    os._exit(0 if sys.exc_info()[0] is None else 1)
+            self.assert_free("forked")
 
     def test_a_watched_lock_is_released_without_a_report(self):
         for _ in range(20):
