@@ -103,7 +103,7 @@ read in steps of 1000. WAITERS are processes, and AGE counts from when top first
 Exit code, with --once or if the view could not start:
   0   the view was shown
   64  the command line is invalid
-  69  an endpoint or a shard is unreachable
+  69  an endpoint is unreachable, or a shard is down
   78  the environment or the configuration file is invalid";
 
 fn parse_interval(text: &str) -> anyhow::Result<Duration> {

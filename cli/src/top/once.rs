@@ -6,7 +6,7 @@ use anyhow::anyhow;
 
 use super::draw;
 use super::json;
-use super::model::{Model, View};
+use super::model::{Model, ShardRow, View};
 use super::source::Poller;
 use crate::exit::{self, Failure};
 use crate::output;
@@ -14,8 +14,8 @@ use crate::output;
 /// The number of samples of each source: rates need two.
 const SAMPLES_PER_SOURCE: usize = 2;
 
-/// Prints the given view, or all. Unavailable sources are reported on stderr and set the exit code
-/// to [`exit::UNAVAILABLE`].
+/// Prints the given view, or all. Unavailable sources and shards that are down are reported on
+/// stderr and set the exit code to [`exit::UNAVAILABLE`].
 pub(super) async fn print(
     mut model: Model,
     mut poller: Poller,
@@ -39,16 +39,16 @@ pub(super) async fn print(
     }
     let views = view.as_ref().map_or(model.views(), std::slice::from_ref);
     let now = Instant::now();
-    let unavailable: Vec<String> = model
+    let mut failures: Vec<String> = model
         .unavailable(now)
         .map(|unavailable| format!("{} is unavailable: {}", unavailable.label, unavailable.reason))
         .collect();
-    if unavailable.len() == count {
+    if failures.len() == count {
         return Err(Failure::new(
             exit::UNAVAILABLE,
             anyhow!(
                 "{}; give the address of a process that serves metrics, or a --shard",
-                unavailable.join("; ")
+                failures.join("; ")
             ),
         ));
     }
@@ -57,10 +57,23 @@ pub(super) async fn print(
     } else {
         output::print_text(&draw::plain_text(&model, views, now))?;
     }
-    unavailable.iter().for_each(output::eprint);
-    Ok(if unavailable.is_empty() {
+    failures.extend(model.rows().shards.iter().filter_map(down));
+    failures.iter().for_each(output::eprint);
+    Ok(if failures.is_empty() {
         exit::OK
     } else {
         exit::UNAVAILABLE
+    })
+}
+
+/// The message about a shard that is down, for all processes or for some.
+fn down(shard: &ShardRow) -> Option<String> {
+    // What is known of it may be old.
+    if shard.stale || shard.up == shard.of {
+        return None;
+    }
+    Some(match shard.up {
+        0 => format!("shard {} is down", shard.name),
+        up => format!("shard {} is down for {} of {} processes", shard.name, shard.of - up, shard.of),
     })
 }

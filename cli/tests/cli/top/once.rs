@@ -161,6 +161,21 @@ fn unavailable_endpoint_is_reported_and_sets_the_exit_code() {
 }
 
 #[test]
+fn shard_that_is_down_is_reported_and_sets_the_exit_code() {
+    let server = RedisServer::start();
+    let load = Load::start(&server, false);
+    server.kill();
+    wait_until("the process has noticed it", PATIENCE, || {
+        let ended = run(bare(&["top", "--view", "shards", "--interval", "100ms", &load.address]));
+        assert!(
+            ended.stdout.contains("0/1 shards up") == (ended.code == 69),
+            "{ended:?}"
+        );
+        ended.code == 69 && ended.stderr == "shardlock: shard eu-1 is down\n"
+    });
+}
+
+#[test]
 fn error_of_a_wrong_command_line_names_the_mistake() {
     for (args, words) in [
         (&["https://a:1"][..], "plain HTTP"),
