@@ -155,10 +155,16 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Leases lost",
-            "Leases lost in the selected time range while a guard was outstanding. Must be 0: "
-            "each means that work continued without its lock, and only a check of the fencing "
-            "token kept it from doing harm. The safety row shows the reasons.",
-            [(f'sum(increase(shardlock_lost_total{{{SHARD}}}[$__range]))', "lost")],
+            "Leases lost in the selected time range while a guard was outstanding, but for those "
+            "that a shutdown ended. Must be 0: each means that work continued without its lock, "
+            "and only a check of the fencing token kept it from doing harm. The safety row shows "
+            "the reasons.",
+            [
+                (
+                    f'sum(increase(shardlock_lost_total{{{SHARD}, reason!="closed"}}[$__range]))',
+                    "lost",
+                )
+            ],
             look=STAT,
             width=4,
             bounds=(1, 1),
