@@ -13,15 +13,19 @@ pub(super) fn persistence(facts: &Facts, kind: ShardKind) -> Option<Finding> {
         None => facts.info("aof_enabled")? == "1",
     };
     if !file {
-        let snapshots = facts.setting("save").filter(|save| !save.is_empty());
-        let (found, forgets) = match snapshots {
+        let (found, forgets) = match facts.setting("save") {
+            Some("") => (
+                "appendonly no, no snapshots".to_owned(),
+                "a restart forgets all locks, so held keys can be acquired a second time",
+            ),
             Some(save) => (
                 format!("appendonly no, snapshots (save {save})"),
                 "a restart forgets the locks acquired since the last snapshot, so held keys can be acquired a second time",
             ),
+            // CONFIG GET is not allowed.
             None => (
-                "appendonly no, no snapshots".to_owned(),
-                "a restart forgets all locks, so held keys can be acquired a second time",
+                "appendonly no, snapshots unknown".to_owned(),
+                "a restart forgets all locks, or at least those acquired since the last snapshot, so held keys can be acquired a second time",
             ),
         };
         return Some(match kind {

@@ -13,7 +13,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use report::{command, doctor};
+use report::{Report, command, doctor};
 use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, wait_until};
 
@@ -111,9 +111,17 @@ fn server_without_persistence_is_a_warning() {
     report.has_only_problem(
         "persistence",
         "warning",
-        &["a restart forgets all locks", "CONFIG SET appendonly yes"],
+        &["no snapshots", "a restart forgets all locks", "CONFIG SET appendonly yes"],
     );
     assert_eq!(report.json["level"], "warning");
+
+    server.command(&["CONFIG", "SET", "save", "3600 1"]);
+    let found = |report: &Report| report.one("persistence")["found"].clone();
+    let report = doctor(&[&server.url()], &[]);
+    assert_eq!(found(&report), "appendonly no, snapshots (save 3600 1)");
+    server.command(&["ACL", "SETUSER", "default", "-config"]);
+    let report = doctor(&[&server.url()], &[]);
+    assert_eq!(found(&report), "appendonly no, snapshots unknown", "{:#}", report.json);
 }
 
 #[test]
