@@ -12,3 +12,6 @@ local MARKER = '~shared'
 -- When its turn comes, the lease is held for its next request for at most this many milliseconds.
 local UNNOTIFIED_LEASE = 1000
 
+-- If all waiters die, their queue outlives the lease by this many milliseconds.
+local QUEUE_GRACE = 60000
+

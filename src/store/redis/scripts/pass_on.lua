@@ -40,6 +40,10 @@ local function pass_on(me, my_ttl, n, floor, channel, key, waiting, mark, new)
       return heir, reserve(1, floor), waiting, ttl
     elseif not manager then
       redis.call('ZADD', KEYS[2], score, heir)
+      if waiting == 0 then
+        -- The queue was deleted with its last member, and its expiry with it.
+        redis.call('PEXPIRE', KEYS[2], QUEUE_GRACE)
+      end
       if new then
         redis.call('ZREM', KEYS[2], me)
       end

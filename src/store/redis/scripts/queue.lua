@@ -16,9 +16,6 @@ local function wants_notice(cycle)
   return tonumber(string.match(cycle, '(%d)%-')) % 2 == 0
 end
 
--- If all waiters die, their queue outlives the lease by this many milliseconds.
-local QUEUE_GRACE = 60000
-
 -- The most bytes of an owner in a reply. No owner tag is longer, but the value of another
 -- library may have any length.
 local OWNER_MAX = 512

@@ -205,6 +205,8 @@ fn try_behind_waiters_takes_the_key_only_if_all_are_dead() {
     bench.server.command(&["ZADD", "queue", "1", &dead, "2.5", &shared]);
     assert_eq!(bench.acquire(&me, 300_000, "try"), [3]);
     assert_eq!(bench.state(), (None, vec![shared, "2.5".to_owned()], 2));
+    // Regression: it had no end, and stayed for ever if the request in this mode never came.
+    bench.assert_left("queue", 60_000);
 }
 
 /// The short release does nothing unless it does everything.
