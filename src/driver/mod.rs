@@ -284,7 +284,8 @@ impl Shard {
         self.table.len() == 0
     }
 
-    /// Removes all keys of the namespace. Has no time limit, because there may be millions of them.
+    /// Removes all keys of the namespace. Each step has a time limit, but not the whole, because
+    /// there may be millions of keys.
     pub(crate) async fn erase(&self) -> Result<u64, LockError> {
         let started = Moment::now();
         let erased = self.store.erase().await;

@@ -10,6 +10,7 @@ use super::batch::may_concern_some_keys;
 use super::claim::{Claim, ClaimKind};
 use super::names::Names;
 use super::permission::Permissions;
+use super::reply::no_answer;
 use super::script::MARKER;
 use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
@@ -341,16 +342,22 @@ impl Commands {
 }
 
 /// Removes all keys of the namespace from one server. If the server refuses to remove a key, the
-/// others are still removed and the error is returned at the end.
-pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Commands) -> Result<u64, RedisError> {
+/// others are still removed and the error is returned at the end. Each command has this time limit:
+/// there may be any number of them.
+pub(super) async fn erase(
+    mut connection: impl ConnectionLike,
+    commands: &Commands,
+    limit: Duration,
+) -> Result<u64, RedisError> {
     let (mut cursor, mut count, mut refused) = (0, 0, None);
     loop {
-        let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
+        let scan = commands.scan(cursor);
+        let (next, found): (u64, Vec<Vec<u8>>) = answer_within(limit, scan.query_async(&mut connection)).await?;
         for key in found.iter().filter(|key| commands.names.is_ours(key)) {
             // One at a time: in a cluster the keys may be in different slots.
             let mut delete = cmd("DEL");
             delete.arg(key);
-            match delete.query_async::<u64>(&mut connection).await {
+            match answer_within(limit, delete.query_async::<u64>(&mut connection)).await {
                 Ok(deleted) => count += deleted,
                 Err(error) if error.is_unrecoverable_error() || !may_concern_some_keys(&error) => return Err(error),
                 Err(error) => refused = refused.or_else(|| Some(commands.permissions.of_command(error, &delete))),
@@ -361,6 +368,14 @@ pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Comman
         }
         cursor = next;
     }
+}
+
+async fn answer_within<T>(
+    limit: Duration,
+    answer: impl Future<Output = Result<T, RedisError>>,
+) -> Result<T, RedisError> {
+    let answer = tokio::time::timeout(limit, answer).await;
+    answer.unwrap_or_else(|_| Err(no_answer(limit)))
 }
 
 /// How many keys one scan step covers.

@@ -323,6 +323,11 @@ pub(super) fn push(message: &str) -> Option<Push> {
     }
 }
 
+/// The error for a connection that did not answer in time. It closes the connection.
+pub(super) fn no_answer(limit: Duration) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
+}
+
 /// Converts an error for the caller, with advice where possible. It contains no password.
 pub(super) fn to_store_error(error: &RedisError) -> StoreError {
     explain(error).caused_by(error)

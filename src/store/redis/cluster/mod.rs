@@ -422,7 +422,7 @@ impl LeaseStore for ClusterStore {
                 // The connection of any slot will do.
                 let erased = match pool.sender(&place, Slot::of(b""), shared.timeout).await {
                     Ok(sender) => {
-                        let erased = erase(sender.connection(), &shared.commands).await;
+                        let erased = erase(sender.connection(), &shared.commands, shared.timeout).await;
                         erased.map_err(|error| {
                             if error.is_unrecoverable_error() {
                                 sender.broken();

@@ -64,7 +64,7 @@ use super::commands::{Commands, erase};
 use super::connection::Cuts;
 use super::map;
 use super::replica_ack::ReplicaAck;
-use super::reply::released;
+use super::reply::{no_answer, released};
 use super::script::Scripts;
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
@@ -280,8 +280,7 @@ impl Shared {
 
     /// The error for a connection that did not answer within [`patience`](Self::patience).
     fn no_answer(&self) -> RedisError {
-        let limit = self.patience();
-        std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
+        no_answer(self.patience())
     }
 
     /// How often the primary has changed; always zero at a fixed address.
@@ -495,7 +494,7 @@ impl LeaseStore for RedisStore {
         Box::pin(async move {
             let borrowed = checked.get().await?;
             shared.map.forget();
-            let erased = erase(borrowed.connection(), &shared.commands).await;
+            let erased = erase(borrowed.connection(), &shared.commands, shared.timeout).await;
             erased.map_err(|error| borrowed.failed(&shared, &error))
         })
     }
