@@ -24,7 +24,7 @@ pub use locker::{LOCKER, Locker, run_commands};
 pub use measured::Measured;
 
 /// A TTL long enough for a loaded machine and short enough to wait until it expires.
-pub const SHORT_TTL: Duration = Duration::from_millis(800);
+pub const SHORT_TTL: Duration = Duration::from_millis(1500);
 
 /// How much later than it is due something may happen on a busy machine.
 pub const MARGIN: Duration = Duration::from_secs(1);
