@@ -10,6 +10,7 @@ use futures_util::future::join_all;
 use tokio::sync::Mutex;
 
 use super::Shard;
+use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer};
 use crate::router::shard_index;
@@ -22,7 +23,15 @@ pub(crate) struct Maps {
     /// How long one step waits for the other shards, chosen so that all steps fit into the time
     /// limit of a request.
     step_limit: Duration,
-    storing: Mutex<()>,
+    /// The last failure.
+    storing: Mutex<Option<Failure>>,
+}
+
+/// The map could not be stored for this shard.
+struct Failure {
+    own: Arc<dyn LeaseStore>,
+    at: Moment,
+    error: StoreError,
 }
 
 impl Maps {
@@ -30,7 +39,7 @@ impl Maps {
         Self {
             stores,
             step_limit: timeout / 4,
-            storing: Mutex::new(()),
+            storing: Mutex::new(None),
         }
     }
 
@@ -41,7 +50,26 @@ impl Maps {
     ///
     /// A shard has another map, or this shard did not reply.
     async fn store_for(&self, own: &Arc<dyn LeaseStore>) -> Result<(), StoreError> {
-        let _only_one = self.storing.lock().await;
+        let began = Moment::now();
+        let mut last = self.storing.lock().await;
+        // Otherwise requests that wait here would fail one after the other.
+        let failed = last
+            .as_ref()
+            .filter(|failed| failed.at >= began && Arc::ptr_eq(&failed.own, own));
+        if let Some(failed) = failed {
+            return Err(failed.error.clone());
+        }
+        let stored = self.store_alone(own).await;
+        *last = stored.as_ref().err().map(|error| Failure {
+            own: Arc::clone(own),
+            at: Moment::now(),
+            error: error.clone(),
+        });
+        stored
+    }
+
+    /// The same for one task at a time.
+    async fn store_alone(&self, own: &Arc<dyn LeaseStore>) -> Result<(), StoreError> {
         // A map stored in a single place cannot be stored partially.
         let is_atomic = self.stores.len() == 1 && own.has_one_map();
         let steps = [MapStep::Read, MapStep::Reserve, MapStep::Confirm];

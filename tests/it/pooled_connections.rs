@@ -2,13 +2,17 @@
 
 use std::time::{Duration, Instant};
 
+use shardlock::error::LockErrorKind;
 use shardlock::{LockManager, namespace};
+use support::filter::{Filter, Verdict};
 use support::proxy::Proxy;
 #[cfg(feature = "tls")]
 use support::tls::{Authority, TlsServer};
 use support::wait::PATIENCE;
 use support::{ClientType, Cluster, RedisServer};
-use support_locks::{Kind, Measured, TestStore, lock, on_each_store, soon, until, until_queued, waiting};
+use support_locks::{
+    Kind, Measured, STORE_TIMEOUT, TestStore, lock, on_each_store, soon, until, until_queued, waiting,
+};
 use tokio::task::JoinSet;
 
 use crate::connections::named;
@@ -89,7 +93,10 @@ on_each_store! {
     }
 
     async fn inspections_and_erasing_survive_the_loss_of_all_connections(store: &TestStore) {
-        let locks = store.manager().await;
+        // A quorum waits for a majority for less than half of the store timeout, and its nodes are
+        // down after a cut until their next probe.
+        let builder = store.builder().store_timeout(PATIENCE);
+        let locks = builder.connect().await.expect("connect");
         for round in 0..10 {
             lock(&locks, "k").await.release().await.expect("release");
             if round % 2 == 0 {
@@ -121,7 +128,9 @@ async fn inspections_and_erasing_work_while_all_earlier_connections_are_silent()
     node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let urls = [proxies[0].url(), format!("redis+cluster://{}", proxies[1].address())];
     for (url, proxy) in urls.iter().zip(&proxies) {
-        let limit = Duration::from_secs(4);
+        // The check of a silent connection takes an eighth of it, and those of all four would take
+        // half of it.
+        let limit = Duration::from_secs(6);
         let builder = LockManager::builder().shard(url).store_timeout(limit);
         let locks = builder.connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
@@ -153,7 +162,11 @@ async fn inspections_and_erasing_work_while_all_earlier_connections_are_silent()
 async fn silent_connection_of_an_idle_manager_is_replaced_and_its_shard_stays_up() {
     let server = RedisServer::start();
     let proxy = Proxy::start(server.address());
-    let measured = Measured::connect(LockManager::builder().shard(proxy.url())).await;
+    // A busy server has a third of it for its answer on another connection.
+    let builder = LockManager::builder()
+        .shard(proxy.url())
+        .store_timeout(Duration::from_secs(3));
+    let measured = Measured::connect(builder).await;
     let purpose = format!(":{}:renewals", measured.locks.id());
     let before = named(&server, &purpose);
     assert_eq!(before.len(), 1);
@@ -182,7 +195,9 @@ async fn inspections_work_on_a_server_that_takes_no_more_connections() {
 async fn pooled_connections_outlive_the_runtime_of_their_first_user() {
     let server = RedisServer::start_with(&["--requirepass", "s3cret"]);
     let url = format!("redis://:s3cret@{}/3", server.address());
-    let locks = support_locks::connect(&url).await;
+    // A pooled connection that gives no answer for an eighth of it is not reused.
+    let builder = LockManager::builder().shard(url).store_timeout(PATIENCE);
+    let locks = builder.connect().await.expect("connect");
     let once = {
         let locks = locks.clone();
         move || {
@@ -215,7 +230,35 @@ async fn pooled_connections_are_encrypted_like_all_others() {
     let builder = LockManager::builder()
         .shard(tls.url("localhost"))
         .tls_ca(authority.ca());
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     locks.inspect("k").await.expect("inspect");
     assert_eq!(named(&tls.server, ":pool").len(), 1);
+}
+
+/// Regression: it waited for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn erasing_ends_when_the_server_stops_answering() {
+    let (server, cluster) = (RedisServer::start(), Cluster::start(1, 0));
+    let node = &cluster.nodes()[0];
+    for (scheme, address) in [("redis", server.address()), ("redis+cluster", node.address())] {
+        // The search for keys has no answer until the test is over.
+        let (over, is_over) = std::sync::mpsc::channel::<()>();
+        let is_over = parking_lot::Mutex::new(is_over);
+        let proxy = Filter::start(address, move |words| match words[0].eq_ignore_ascii_case(b"SCAN") {
+            true => {
+                is_over.lock().recv().ok();
+                Verdict::HangUp
+            }
+            false => Verdict::Pass,
+        });
+        if scheme == "redis+cluster" {
+            let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
+            node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+        }
+        let builder = LockManager::builder().shard(format!("{scheme}://{}", proxy.address()));
+        let locks = builder.store_timeout(Duration::from_secs(2)).connect().await.expect("connect");
+        let error = soon("the end", namespace::erase(&locks)).await.expect_err("no answer");
+        assert_eq!((error.kind(), error.step()), (LockErrorKind::Unavailable, Some("erase")), "{error}");
+        drop(over);
+    }
 }
