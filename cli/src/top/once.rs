@@ -74,6 +74,11 @@ fn down(shard: &ShardRow) -> Option<String> {
     }
     Some(match shard.up {
         0 => format!("shard {} is down", shard.name),
-        up => format!("shard {} is down for {} of {} processes", shard.name, shard.of - up, shard.of),
+        up => format!(
+            "shard {} is down for {} of {} processes",
+            shard.name,
+            shard.of - up,
+            shard.of
+        ),
     })
 }

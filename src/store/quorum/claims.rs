@@ -86,10 +86,7 @@ async fn claim(
     request: &Acquire,
     votes: Votes,
     at_least: u64,
-) -> (
-    Tally,
-    ClaimsInFlight<impl Future<Output = Answered> + Send + 'static>,
-) {
+) -> (Tally, ClaimsInFlight<impl Future<Output = Answered> + Send + 'static>) {
     let Votes { mut tally, asked } = votes;
     let mut claims = FuturesUnordered::new();
     let vote_is_open = Arc::new(());

@@ -111,7 +111,11 @@ fn server_without_persistence_is_a_warning() {
     report.has_only_problem(
         "persistence",
         "warning",
-        &["no snapshots", "a restart forgets all locks", "CONFIG SET appendonly yes"],
+        &[
+            "no snapshots",
+            "a restart forgets all locks",
+            "CONFIG SET appendonly yes",
+        ],
     );
     assert_eq!(report.json["level"], "warning");
 

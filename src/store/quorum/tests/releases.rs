@@ -120,7 +120,10 @@ async fn release_that_overtakes_a_claim_is_sent_again_behind_it() {
     assert!(bench.release_on(Priority::Background, 2, None).await.unwrap().held);
     assert_eq!([0, 1, 2].map(|node| bench.owner(node)), [None, None, None]);
     proxies[2].deliver_late();
-    eventually("the claim is executed", PATIENCE, || bench.owner(2) == bench.owner_tag(2)).await;
+    eventually("the claim is executed", PATIENCE, || {
+        bench.owner(2) == bench.owner_tag(2)
+    })
+    .await;
     assert!(repair::finish_pending_releases(&bench.store.quorum, &bench.nodes[2]).await);
     assert_eq!(bench.owner(2), None);
 }

@@ -44,7 +44,11 @@ fn claimed_cycle_no_longer_waits() {
             _ => bench.claim_shared(&me, 300_000, 7, "take")[0].unsigned_abs(),
         };
         assert_eq!(claimed, 1, "{mode:?}");
-        assert_eq!(bench.state().1, [behind.as_str(), "2.5"], "{mode:?}: the others wait on");
+        assert_eq!(
+            bench.state().1,
+            [behind.as_str(), "2.5"],
+            "{mode:?}: the others wait on"
+        );
         let released = match mode {
             "" => bench.release(&me, ""),
             _ => bench.release_in_mode(&me),
