@@ -11,7 +11,12 @@ use shardlock::admin::{Admin, AdminError, AdminServer};
 use shardlock::config::Builder;
 use support::prometheus::Prometheus;
 use support::{PATIENCE, RedisServer, directory, wait_until, worker};
-use support_locks::{lock, poll_once};
+use support_locks::{STORE_TIMEOUT, connect, lock, poll_once};
+
+/// Settings for a busy machine.
+fn builder() -> Builder {
+    LockManager::builder().store_timeout(STORE_TIMEOUT)
+}
 
 /// Starts an endpoint on a free port for a manager with these settings. The test provides the text
 /// that the recorder renders.
@@ -61,7 +66,7 @@ const TASKS: u64 = 8;
 #[tokio::main(flavor = "multi_thread", worker_threads = 4)]
 pub(crate) async fn serve_many_locks(me: &worker::Current) {
     let admin = Admin::bind(([127, 0, 0, 1], 0).into()).unwrap();
-    let builder = LockManager::builder().named_shard("many", "memory://admin-many");
+    let builder = builder().named_shard("many", "memory://admin-many");
     let managers = [
         builder.clone().connect().await.unwrap(),
         builder.connect().await.unwrap(),
@@ -170,7 +175,7 @@ fn histograms_count_every_lock_at_high_rates() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn held_locks_are_listed_oldest_first_with_caller_and_waiters() {
-    let (locks, admin) = serve(LockManager::builder().named_shard("m", "memory://admin-held")).await;
+    let (locks, admin) = serve(builder().named_shard("m", "memory://admin-held")).await;
     let line = line!() + 1;
     let old = locks.lock("old").await.unwrap();
     let young = lock(&locks, "young \"quoted\"").await;
@@ -205,7 +210,7 @@ async fn held_locks_are_listed_oldest_first_with_caller_and_waiters() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hottest_keys_are_shown_and_uncontended_ones_are_not() {
-    let builder = LockManager::builder()
+    let builder = builder()
         .named_shard("m", "memory://admin-hot")
         .hot_keys(8)
         .hot_key_metrics(true);
@@ -281,7 +286,7 @@ async fn hottest_keys_are_shown_and_uncontended_ones_are_not() {
 async fn the_shards_are_shown_with_their_figures_and_without_addresses() {
     let server = RedisServer::start_with(&["--requirepass", "s3cret"]);
     let url = format!("redis://:s3cret@{}", server.address());
-    let builder = LockManager::builder()
+    let builder = builder()
         .named_shard("one", &url)
         .named_shard("m", "memory://admin-shards");
     let (locks, admin) = serve(builder).await;
@@ -313,7 +318,7 @@ async fn the_shards_are_shown_with_their_figures_and_without_addresses() {
 
 #[tokio::test]
 async fn only_reads_with_a_local_host_name_are_answered() {
-    let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-limits")).await;
+    let (_locks, admin) = serve(builder().shard("memory://admin-limits")).await;
     let address = admin.address();
     let status = |request: &str| {
         exchange(address, request.as_bytes())
@@ -366,7 +371,7 @@ async fn program_can_add_pages_and_replaces_none() {
     let admin = admin
         .json_page("/jobs", || r#"{"jobs":7}"#.to_owned())
         .json_page("/held", || unreachable!("it is a page of the endpoint"));
-    let locks = LockManager::connect("memory://admin-pages").await.unwrap();
+    let locks = connect("memory://admin-pages").await;
     let server = admin.serve(&locks).unwrap();
     assert_eq!(json(server.address(), "/jobs")["jobs"], 7);
     assert_eq!(json(server.address(), "/held")["total"], 0);
@@ -379,7 +384,7 @@ async fn program_can_add_pages_and_replaces_none() {
 
 #[tokio::test]
 async fn idle_connections_do_not_block_others_for_long() {
-    let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-idle")).await;
+    let (_locks, admin) = serve(builder().shard("memory://admin-idle")).await;
     let idle: Vec<_> = (0..40).map(|_| TcpStream::connect(admin.address()).unwrap()).collect();
     // Idle connections are closed after five seconds, 32 at a time.
     assert_eq!(get(admin.address(), "/healthz").0, 200);
@@ -388,7 +393,7 @@ async fn idle_connections_do_not_block_others_for_long() {
 
 #[tokio::test]
 async fn address_in_use_is_an_error_and_a_dropped_endpoint_frees_its_address() {
-    let (locks, admin) = serve(LockManager::builder().shard("memory://admin-address")).await;
+    let (locks, admin) = serve(builder().shard("memory://admin-address")).await;
     let address = admin.address();
     let error = Admin::bind_with(address, String::new).unwrap_err();
     assert!(
@@ -410,7 +415,7 @@ async fn installed_recorder_has_all_metrics_with_buckets_and_help() {
         Admin::bind(([127, 0, 0, 1], 0).into()),
         Err(AdminError::RecorderTaken)
     ));
-    let locks = LockManager::connect("memory://admin-metrics").await.unwrap();
+    let locks = connect("memory://admin-metrics").await;
     let server = admin.serve(&locks).unwrap();
     // Uses its own class: other tests of this process share the recorder.
     let guard = locks.lock("k").class("recorder").await.unwrap();

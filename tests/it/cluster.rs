@@ -11,21 +11,49 @@ use parking_lot::Mutex;
 use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
 use shardlock::introspect::Slot;
-use shardlock::{LockGuard, LockManager, LossReason};
+use shardlock::{LockError, LockGuard, LockManager, LossReason};
 use support::filter::{Filter, Verdict};
 use support::proxy::Proxy;
+use support::sentinel::in_step;
 use support::{ClientType, Cluster, RedisServer};
 use support_locks::{lock, lock_in_time, soon, until, until_queued};
 
 /// Longer than a failover takes.
-const PATIENT: Duration = Duration::from_secs(10);
+const PATIENT: Duration = Duration::from_secs(15);
+
+/// Long enough that no test waits for its end by mistake.
+const LONG_TTL: Duration = Duration::from_secs(60);
 
 fn builder(cluster: &Cluster) -> Builder {
     LockManager::builder().shard(cluster.url()).store_timeout(PATIENT)
 }
 
 async fn connect(cluster: &Cluster) -> LockManager {
-    builder(cluster).connect().await.expect("connect")
+    connected(builder(cluster)).await
+}
+
+/// Connects. Whatever its store timeout is, a manager that connects waits for a node for a second
+/// at most, and a busy machine may take longer.
+async fn connected(builder: Builder) -> LockManager {
+    let mut locks = None;
+    until("the manager is connected", async || {
+        locks = builder.clone().connect().await.ok();
+        locks.is_some()
+    })
+    .await;
+    locks.expect("just seen")
+}
+
+/// The error of a manager that is refused, see [`connected`].
+async fn refusal(builder: Builder) -> LockError {
+    let mut refusal = None;
+    until("the manager is refused", async || {
+        let error = builder.clone().connect().await.err();
+        refusal = error.filter(|error| error.kind() != LockErrorKind::Unavailable);
+        refusal.is_some()
+    })
+    .await;
+    refusal.expect("just seen")
 }
 
 /// The slot of a plain key's lease.
@@ -57,8 +85,9 @@ async fn is_empty(cluster: &Cluster) {
 async fn keys_of_all_shapes_are_locked_handed_off_and_released() {
     let cluster = Cluster::start(3, 0);
     // Each names a different node, and discovers the others.
-    let one = support_locks::connect(&cluster.url_of(0)).await;
-    let other = support_locks::connect(&cluster.url_of(1)).await;
+    let at = |url: String| LockManager::builder().shard(url).store_timeout(PATIENT);
+    let one = connected(at(cluster.url_of(0))).await;
+    let other = connected(at(cluster.url_of(1))).await;
     let long = "x".repeat(512);
     let keys = [
         "plain",
@@ -90,7 +119,8 @@ async fn keys_of_all_shapes_are_locked_handed_off_and_released() {
         guard.release().await.expect("release");
         let next = soon("the hand-off", waiting).await.expect("a task");
         assert!(next.token() > token, "{key}");
-        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        // The TTL is ten seconds.
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         next.release().await.expect("release");
     }
     is_empty(&cluster).await;
@@ -117,7 +147,11 @@ async fn hand_over(guard: LockGuard, waiting: tokio::task::JoinHandle<LockGuard>
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_costs_at_most_two_script_calls_and_a_hand_off_two_and_a_publish() {
     let cluster = Cluster::start(3, 0);
-    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    // No lease is renewed meanwhile.
+    let builder = || builder(&cluster).ttl(LONG_TTL);
+    let (one, other) = (connected(builder()).await, connected(builder()).await);
+    // A request that has had no answer for a second is sent again.
+    let repeated = |since: Instant| 2 * since.elapsed().as_secs();
     // Makes both managers load the script and subscribe to the slot's inbox.
     let guard = lock(&one, "k").await;
     let next = waiting(&other, "k");
@@ -128,6 +162,7 @@ async fn a_lock_costs_at_most_two_script_calls_and_a_hand_off_two_and_a_publish(
     hand_over(guard, next).await.release().await.expect("release");
 
     cluster.reset_stats();
+    let started = Instant::now();
     for _ in 0..10 {
         lock(&one, "free").await.release().await.expect("release");
     }
@@ -138,7 +173,7 @@ async fn a_lock_costs_at_most_two_script_calls_and_a_hand_off_two_and_a_publish(
     );
     // The node may need to load one of the two scripts first.
     assert!(
-        (20 - without_script..=22).contains(&calls) && publishes == 0,
+        (20 - without_script..=22 + repeated(started)).contains(&calls) && publishes == 0,
         "{calls} {publishes}"
     );
 
@@ -149,6 +184,7 @@ async fn a_lock_costs_at_most_two_script_calls_and_a_hand_off_two_and_a_publish(
     next = waiting(&one, "k");
     until_queued(&other, "k", 1).await;
     cluster.reset_stats();
+    let started = Instant::now();
     const ROUNDS: u64 = 20;
     for round in 0..ROUNDS {
         let (holder, rival) = if round % 2 == 0 { (&one, &other) } else { (&other, &one) };
@@ -158,7 +194,10 @@ async fn a_lock_costs_at_most_two_script_calls_and_a_hand_off_two_and_a_publish(
     }
     let (calls, publishes) = (cluster.script_calls(), cluster.publishes());
     println!("{ROUNDS} hand-offs: {calls} script calls, {publishes} publishes");
-    assert_eq!(calls, 2 * ROUNDS);
+    assert!(
+        (2 * ROUNDS..=2 * ROUNDS + repeated(started)).contains(&calls),
+        "{calls}"
+    );
     assert!(publishes <= ROUNDS + 1, "{publishes}");
     hand_over(guard, next).await.release().await.expect("release");
 }
@@ -180,7 +219,8 @@ async fn waiter_is_served_after_a_lost_subscription() {
         }
         let started = Instant::now();
         hand_over(guard, next).await.release().await.expect("release");
-        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        // The TTL is ten seconds.
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     }
     is_empty(&cluster).await;
 }
@@ -188,16 +228,9 @@ async fn waiter_is_served_after_a_lost_subscription() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lock_known_to_a_replica_survives_the_death_of_its_primary() {
     let cluster = Cluster::start(3, 3);
-    let one = builder(&cluster)
-        .min_replicas_acked(1)
-        .connect()
-        .await
-        .expect("connect");
-    let other = builder(&cluster)
-        .min_replicas_acked(1)
-        .connect()
-        .await
-        .expect("connect");
+    // No renewal is confirmed during the failover, which may take long on a busy machine.
+    let builder = || builder(&cluster).ttl(LONG_TTL).min_replicas_acked(1);
+    let (one, other) = (connected(builder()).await, connected(builder()).await);
     let key = key_on(&cluster, 0);
     let elsewhere = key_on(&cluster, 1);
     let guard = lock(&one, &key).await;
@@ -224,14 +257,17 @@ async fn lingering_lease_lost_in_a_failover_is_not_reused() {
     const LONG: Duration = Duration::from_secs(3600);
     let cluster = Cluster::start(3, 3);
     let other = connect(&cluster).await;
-    let keeper = LockManager::builder().shard(cluster.url()).ttl(LONG).linger(LONG);
-    let keeper = keeper.connect().await.expect("connect");
+    let keeper = connected(builder(&cluster).ttl(LONG).linger(LONG)).await;
     let key = key_on(&cluster, 0);
     let token = lock_in_time(&keeper, &key).await;
     assert_eq!(keeper.shard_states()[0].lingering, 1);
     let (_, new) = cluster.fail_over(slot(&key));
-    // Simulates a lease that was not replicated.
-    cluster.nodes()[new].command(&["DEL", &format!("lock:{key}")]);
+    // Simulates a lease that was not replicated. A node that believes others to be down refuses.
+    let lease = format!("lock:{key}");
+    until("the lease is deleted", async || {
+        cluster.nodes()[new].try_query::<u64>(&["DEL", &lease]).is_ok()
+    })
+    .await;
     let mut guard = None;
     until("the lock can be acquired again", async || {
         guard = other.lock(&key).await.ok();
@@ -250,12 +286,14 @@ async fn lingering_lease_lost_in_a_failover_is_not_reused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hung_primary_is_abandoned_when_its_replica_takes_over() {
     let cluster = Cluster::start(3, 3);
-    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let builder = || builder(&cluster).ttl(LONG_TTL);
+    let (one, other) = (connected(builder()).await, connected(builder()).await);
     let key = key_on(&cluster, 2);
     let guard = lock(&one, &key).await;
     let next = waiting(&other, &key);
     until_queued(&one, &key, 1).await;
     let hanging = &cluster.nodes()[2];
+    until("the replica has the lease", async || in_step(hanging) == 1).await;
     hanging.stop();
     // No connection breaks. Eventually the release reaches the replica that took over.
     hand_over(guard, next).await.release().await.expect("release");
@@ -274,10 +312,8 @@ async fn behind_a_proxy(cluster: &Cluster, ttl: Duration) -> (Proxy, LockManager
     let proxy = Proxy::start(node.address());
     let port = proxy.port().to_string();
     node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
-    let builder = LockManager::builder()
-        .shard(format!("redis+cluster://127.0.0.1:{port}"))
-        .ttl(ttl);
-    let locks = builder.connect().await.expect("connect");
+    let builder = LockManager::builder().shard(format!("redis+cluster://127.0.0.1:{port}"));
+    let locks = connected(builder.ttl(ttl).store_timeout(PATIENT)).await;
     (proxy, locks)
 }
 
@@ -286,8 +322,8 @@ async fn behind_a_proxy(cluster: &Cluster, ttl: Duration) -> (Proxy, LockManager
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_fall_silent_are_replaced_and_a_held_lock_stays_held() {
     let cluster = Cluster::start(1, 0);
-    // Renewals of the shortest lease have less time than a request.
-    for ttl in [1, 3].map(Duration::from_secs) {
+    // Renewals of the shorter lease have less time than a request.
+    for ttl in [3, 5].map(Duration::from_secs) {
         let (proxy, locks) = behind_a_proxy(&cluster, ttl).await;
         for _ in 0..2 {
             let guard = lock(&locks, "held").await;
@@ -296,7 +332,8 @@ async fn connections_that_fall_silent_are_replaced_and_a_held_lock_stays_held() 
                 locks.lock("other").await.is_ok()
             })
             .await;
-            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            // Without a renewal on a new connection, the lease would end before that.
+            let lost = tokio::time::timeout(ttl, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid(), "{ttl:?}: {lost:?}");
             guard.release().await.expect("on a new connection");
         }
@@ -347,8 +384,8 @@ async fn acquire_whose_reply_is_lost_has_the_lock() {
     let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
     node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let url = format!("redis+cluster://{}", proxy.address());
-    let builder = LockManager::builder().shard(url).ttl(Duration::from_secs(60));
-    let locks = builder.connect().await.expect("connect");
+    let builder = LockManager::builder().shard(url).store_timeout(PATIENT);
+    let locks = connected(builder.ttl(LONG_TTL)).await;
     // Loads the scripts.
     lock(&locks, "key-0").await.release().await.expect("release");
     // The first acquire in a slot is a script. The next one, if it comes soon enough, is not.
@@ -380,8 +417,7 @@ async fn lease_is_kept_until_the_replica_answers(meanwhile: impl AsyncFn(&RedisS
     let [primary, replica] = cluster.nodes() else {
         unreachable!("two were started")
     };
-    let builder = builder(&cluster).ttl(Duration::from_secs(60)).min_replicas_acked(1);
-    let locks = builder.connect().await.expect("connect");
+    let locks = connected(builder(&cluster).ttl(LONG_TTL).min_replicas_acked(1)).await;
     lock(&locks, "k").await.release().await.expect("release");
     replica.stop();
     let waiting = waiting(&locks, "k");
@@ -431,46 +467,39 @@ async fn connect_needs_one_reachable_node_and_explains_failures() {
     nobody.kill();
     // The first host is down, the others are up.
     let url = format!("redis+cluster://{},{}", nobody.address(), cluster.nodes()[1].address());
-    let locks = support_locks::connect(&url).await;
+    let at = |url: &str| LockManager::builder().shard(url).store_timeout(PATIENT);
+    let locks = connected(at(&url)).await;
     lock(&locks, "k").await.release().await.expect("release");
 
-    let error = LockManager::connect(&format!("redis+cluster://{}", nobody.address()))
-        .await
-        .expect_err("down");
+    let error = at(&format!("redis+cluster://{}", nobody.address())).connect();
+    let error = error.await.expect_err("down");
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
         "{error}"
     );
     assert!(error.to_string().contains("refused"), "{error}");
-    let error = LockManager::connect(&format!("redis+cluster://{}", alone.address()))
-        .await
-        .expect_err("no cluster");
+    let error = refusal(at(&format!("redis+cluster://{}", alone.address()))).await;
     assert!(error.kind() == LockErrorKind::Refused, "{error}");
     assert!(error.to_string().contains("not a node of a Redis Cluster"), "{error}");
-    let error = LockManager::connect(&cluster.nodes()[0].url())
-        .await
-        .expect_err("a cluster");
+    let error = refusal(at(&cluster.nodes()[0].url())).await;
     assert!(error.kind() == LockErrorKind::Refused, "{error}");
 
     // A different shard map.
-    let two = LockManager::builder()
-        .shard(cluster.url())
-        .shard("memory://cluster-map");
-    let error = two.connect().await.expect_err("another map");
+    let error = refusal(builder(&cluster).shard("memory://cluster-map")).await;
     assert!(error.kind() == LockErrorKind::ShardMapMismatch, "{error}");
 
     // A wrong password.
     let closed = Cluster::start_with(3, 0, &["--requirepass", "hunter2", "--masterauth", "hunter2"]);
     for (login, words) in [("", "password"), (":hunter3@", "password")] {
         let url = closed.url().replace("://", &format!("://{login}"));
-        let error = LockManager::connect(&url).await.expect_err("no password");
+        let error = refusal(at(&url)).await;
         assert!(error.kind() == LockErrorKind::Refused, "{error}");
         assert!(
             error.to_string().contains(words) && !error.to_string().contains("hunter"),
             "{error}"
         );
     }
-    let locks = support_locks::connect(&closed.url().replace("://", "://:hunter2@")).await;
+    let locks = connected(at(&closed.url().replace("://", "://:hunter2@"))).await;
     lock(&locks, "k").await.release().await.expect("release");
 }
 
@@ -504,11 +533,15 @@ async fn wrong_key_types_are_refused_and_flushed_scripts_are_reloaded() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn too_few_replicas_are_an_error_that_leaves_nothing() {
     let cluster = Cluster::start(3, 0);
-    let locks = LockManager::builder().shard(cluster.url()).min_replicas_acked(1);
-    let locks = locks.connect().await.expect("connect");
-    let error = locks.lock("k").await.expect_err("no replica");
-    assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
-    assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
+    let limited = builder(&cluster).store_timeout(Duration::from_secs(1));
+    let locks = connected(limited.min_replicas_acked(1)).await;
+    // If the answer is late, the error only says so.
+    until("the error counts the replicas", async || {
+        let error = locks.lock("k").await.expect_err("no replica");
+        assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
+        error.to_string().contains("only 0 of 1 replicas")
+    })
+    .await;
     is_empty(&cluster).await;
 }
 
@@ -517,7 +550,7 @@ async fn leases_on_other_nodes_survive_a_dead_or_hung_node() {
     // With two of five nodes gone, the others are still a majority.
     let cluster = Cluster::start_with(5, 0, &["--cluster-require-full-coverage", "no"]);
     let ttl = Duration::from_secs(3);
-    let locks = builder(&cluster).ttl(ttl).connect().await.expect("connect");
+    let locks = connected(builder(&cluster).ttl(ttl)).await;
     let keys = [0, 1, 2].map(|node| key_on(&cluster, node));
     let mut guards = Vec::new();
     for key in &keys {
@@ -542,9 +575,10 @@ async fn tokens_grow_after_the_failover_to_a_lagging_replica() {
     let key = key_on(&cluster, 0);
     let before = lock(&locks, &key).await;
     let before = (before.token(), before.release().await.expect("release")).0;
-    // From now on the primary rejects its replica.
-    let primary = &cluster.nodes()[0];
-    primary.command(&["CONFIG", "SET", "requirepass", "secret"]);
+    // From now on the primary rejects its replica, which logs in as a user that it does not have.
+    let (primary, replica) = (&cluster.nodes()[0], &cluster.nodes()[3]);
+    replica.command(&["CONFIG", "SET", "masteruser", "nobody"]);
+    replica.command(&["CONFIG", "SET", "masterauth", "none"]);
     primary.command(&["CLIENT", "KILL", "TYPE", "replica"]);
     let mut last = before;
     for _ in 0..20 {
@@ -577,12 +611,12 @@ async fn error_of_an_announced_address_names_its_origin() {
     let builder = LockManager::builder()
         .shard(cluster.url())
         .store_timeout(Duration::from_secs(3));
-    let error = builder.connect().await.expect_err("nothing listens there");
-    let text = error.to_string();
-    assert!(
-        text.contains(&format!(
-            "{announced}, which is not in the URL but is announced by the cluster's nodes (cluster-announce-ip"
-        )),
-        "{text}"
-    );
+    let words =
+        format!("{announced}, which is not in the URL but is announced by the cluster's nodes (cluster-announce-ip");
+    // If an answer is late, the error only says so.
+    until("the error names the origin", async || {
+        let error = builder.clone().connect().await.expect_err("nothing listens there");
+        error.to_string().contains(&words)
+    })
+    .await;
 }

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
+use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockManager, LossReason};
 use support::proxy::Proxy;
+use support::quorum::MAX_TTL;
 use support::{ClientType, PATIENCE, RedisServer, worker};
 use support_locks::{
-    Kind, Measured, STORE_TIMEOUT, TestStore, builder_of, hand_off, lock, lock_keys, on_each_store, poll_once, soon,
-    until, until_queued,
+    Kind, MARGIN, Measured, STORE_TIMEOUT, TestStore, builder_of, hand_off, lock, lock_in_time, lock_keys,
+    on_each_store, poll_once, soon, until, until_queued,
 };
 use tokio::task::JoinSet;
 
@@ -26,18 +29,26 @@ const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
 #[cfg(target_os = "linux")]
 const ASKING_MAX: Duration = Duration::from_secs(120);
 
+/// Connects a manager whose store timeout is short, so that its requests fail soon. A busy machine
+/// may take longer to connect it.
+async fn connect_in_time(builder: Builder) -> LockManager {
+    let mut connected = None;
+    until("the manager is connected", async || {
+        connected = builder.clone().connect().await.ok();
+        connected.is_some()
+    })
+    .await;
+    connected.expect("just seen")
+}
+
 /// Requests new keys while the servers hang, until many requests have failed and one was refused
 /// because too many keys were waiting. Reports the growth of this process's memory. Afterwards
 /// reports the milliseconds until a lock was acquired.
 #[cfg(target_os = "linux")]
 #[tokio::main]
 pub(crate) async fn request_new_keys_forever(me: &worker::Current) {
-    let locks = builder_of(me)
-        .store_timeout(Duration::from_millis(500))
-        .connect()
-        .await
-        .expect("connect");
-    lock(&locks, "first").await.release().await.expect("release");
+    let locks = connect_in_time(builder_of(me).store_timeout(Duration::from_millis(500))).await;
+    lock_in_time(&locks, "first").await;
     me.send("connected");
     assert_eq!(me.recv().as_deref(), Some("begin"));
     let before = resident_kib("VmRSS:");
@@ -144,8 +155,9 @@ on_each_store! {
 
     async fn killed_server_is_an_error_and_a_loss_in_time_until_it_restarts(store: &TestStore) {
         let servers = store.servers();
-        let builder = store.builder().ttl(store.short_ttl());
-        let locks = builder.store_timeout(Duration::from_secs(1)).connect().await.expect("connect");
+        let (ttl, limit) = (Duration::from_secs(2), Duration::from_secs(2));
+        let builder = store.builder().ttl(ttl).store_timeout(limit);
+        let locks = builder.connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn({
             let locks = locks.clone();
@@ -153,25 +165,25 @@ on_each_store! {
         });
         let killed = Instant::now();
         servers.kill();
-        for key in ["other", "more"] {
-            let error = soon("an error", locks.lock(key).fail_fast().into_future())
-                .await
-                .expect_err("no server");
-            assert!(
-                (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("acquire")),
-                "{error}"
-            );
-            assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
-        }
-        // The store timeout is one second; a refused connection is noticed sooner.
-        assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
-
-        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
-        assert!(
-            killed.elapsed() < store.short_ttl() + Duration::from_secs(2),
-            "{:?}",
+        let failing = async {
+            for key in ["other", "more"] {
+                let error = soon("an error", locks.lock(key).fail_fast().into_future())
+                    .await
+                    .expect_err("no server");
+                assert!(
+                    (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("acquire")),
+                    "{error}"
+                );
+                assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
+            }
             killed.elapsed()
-        );
+        };
+        let losing = async { (soon("the loss", guard.lost()).await, killed.elapsed()) };
+        let (failed, (reason, lost)) = tokio::join!(failing, losing);
+        // There are two requests, and a refused connection is noticed before the store timeout.
+        assert!(failed < 2 * limit, "{failed:?}");
+        assert_eq!(reason, LossReason::Expired);
+        assert!(lost < ttl + 3 * MARGIN, "{lost:?}");
         assert!(guard.release().await.expect_err("the lock was lost").is_lost());
         // Waiters receive an error instead of waiting on.
         let error = soon("the waiter", waiting)
@@ -209,8 +221,8 @@ on_each_store! {
 
     async fn request_survives_an_outage_up_to_its_timeout(store: &TestStore) {
         let (servers, limit) = (store.servers(), Duration::from_secs(1));
-        let builder = || store.builder().store_timeout(limit);
-        let (locks, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
+        let locks = connect_in_time(store.builder().store_timeout(limit)).await;
+        let other = store.manager().await;
         let patient = |key: &'static str| {
             let request = locks.lock(key).timeout(Duration::from_secs(60));
             tokio::spawn(async move { request.await.map(drop) })
@@ -246,7 +258,8 @@ on_each_store! {
 
     async fn stall_shorter_than_the_store_timeout_is_no_error(store: &TestStore) {
         let servers = store.servers();
-        let locks = store.manager().await;
+        // On a busy machine, the stalls may be longer by seconds.
+        let locks = store.builder().store_timeout(PATIENCE).connect().await.expect("connect");
         for _ in 0..5 {
             servers.stop_all();
             let acquiring = tokio::spawn({
@@ -271,25 +284,20 @@ on_each_store! {
 on_each_store! { on(redis etcd, own);
     async fn a_server_that_does_not_answer_is_an_error_after_the_store_timeout(store: &TestStore) {
         let servers = store.servers();
-        let limit = Duration::from_secs(1);
-        let builder = store.builder().store_timeout(limit);
-        let locks = builder.connect().await.expect("connect");
-        lock(&locks, "k").await.release().await.expect("release");
+        let limit = Duration::from_secs(2);
+        let locks = connect_in_time(store.builder().store_timeout(limit)).await;
+        lock_in_time(&locks, "k").await;
         servers.stop_all();
         let started = Instant::now();
         let error = soon("an error", locks.lock("k").into_future())
             .await
             .expect_err("no answer");
         assert!(started.elapsed() >= limit, "{:?}", started.elapsed());
-        assert!(
-            started.elapsed() < limit + Duration::from_secs(1),
-            "{:?}",
-            started.elapsed()
-        );
+        assert!(started.elapsed() < 2 * limit, "{:?}", started.elapsed());
         assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
         assert!(error.to_string().contains("store_timeout"), "{error}");
         // A shorter wait limit ends the wait first.
-        let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
+        let error = locks.lock("j").timeout(limit / 10).await.expect_err("no answer");
         assert!(error.is_timeout(), "{error}");
 
         servers.resume_all();
@@ -311,6 +319,12 @@ on_each_store! {
     async fn a_hand_off_survives_the_loss_of_the_subscription_alone(store: &TestStore) {
         let servers = store.servers();
         let (holder, waiter) = (store.manager().await, store.manager().await);
+        // A missed grant costs most of the TTL, which is ten seconds or that of a quorum. The delay
+        // before the first reconnect is a few milliseconds.
+        let bound = match store.kind() {
+            Kind::Redlock => MAX_TTL * 4 / 5,
+            _ => Duration::from_secs(5),
+        };
         for round in 0..20 {
             let guard = lock(&holder, "k").await;
             let waiting = tokio::spawn({
@@ -324,15 +338,14 @@ on_each_store! {
             assert!(inboxes > 0);
             servers.cut(ClientType::PubSub);
             if round % 2 == 0 {
-                until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
+                until("the inboxes are back", async || servers.inboxes(store.namespace()) >= inboxes).await;
             }
             let started = Instant::now();
             guard.release().await.expect("release");
             let guard = soon("the hand-off", waiting).await.expect("a task");
-            // The TTL is ten seconds, and the delay before the first reconnect a few milliseconds.
-            assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+            assert!(started.elapsed() < bound, "{:?}", started.elapsed());
             guard.release().await.expect("release");
-            until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
+            until("the inboxes are back", async || servers.inboxes(store.namespace()) >= inboxes).await;
         }
         store.is_tidy().await;
     }
@@ -353,7 +366,10 @@ on_each_store! {
 
     async fn broken_command_connection_is_replaced_without_an_error(store: &TestStore) {
         let servers = store.servers();
-        let (one, other) = (store.manager().await, store.manager().await);
+        // A quorum waits for a majority for less than half of the store timeout, and its nodes are
+        // down after a cut until their next probe.
+        let builder = || store.builder().store_timeout(PATIENCE);
+        let (one, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
         let guard = lock(&one, "held").await;
         for _ in 0..20 {
             servers.cut(ClientType::Normal);
@@ -369,8 +385,8 @@ on_each_store! {
 
     async fn flushed_scripts_are_reloaded_without_an_error(store: &TestStore) {
         // Long enough for a machine that is busy beside the flushes.
-        let ttl = store.short_ttl().max(Duration::from_millis(1500));
-        let builder = || store.builder().ttl(ttl).max_burst(2);
+        let ttl = MAX_TTL;
+        let builder = || store.builder().ttl(ttl).max_burst(2).store_timeout(PATIENCE);
         let over = Arc::new(AtomicBool::new(false));
         let flushing = std::thread::spawn({
             let (servers, over) = (store.keep_servers(), Arc::clone(&over));
@@ -398,8 +414,8 @@ on_each_store! {
         while let Some(ended) = soon("the tasks", tasks.join_next()).await {
             ended.expect("a task");
         }
-        // Renewals work, too.
-        let lost = tokio::time::timeout(2 * ttl, held.lost()).await;
+        // Renewals work, too: without them, the lease would end before that.
+        let lost = tokio::time::timeout(ttl, held.lost()).await;
         assert!(lost.is_err() && held.is_valid());
         held.release().await.expect("release");
         over.store(true, Ordering::Relaxed);
@@ -408,13 +424,11 @@ on_each_store! {
     }
 }
 
-/// Closes the connections whose names end with `purpose`, and returns their number.
-fn cut_named(server: &RedisServer, purpose: &str) -> usize {
-    let ids = named(server, purpose);
-    for id in &ids {
-        server.command(&["CLIENT", "KILL", "ID", id]);
+/// Closes the connections whose names end with `purpose`.
+fn cut_named(server: &RedisServer, purpose: &str) {
+    for id in named(server, purpose) {
+        server.command(&["CLIENT", "KILL", "ID", &id]);
     }
-    ids.len()
 }
 
 /// The ids of those connections.
@@ -440,25 +454,34 @@ on_each_store! {
 
     async fn connection_limit_of_a_server_loses_no_lock_and_is_reported(store: &TestStore) {
         let nodes = store.servers().nodes();
-        let ttl = Duration::from_secs(1);
+        // Long enough for servers that are busy beside the test.
+        let ttl = MAX_TTL;
         let locks = store.builder().ttl(ttl).connections(1).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         for node in &nodes {
             // More clients than that are connected already, and they stay connected.
             node.command(&["CONFIG", "SET", "maxclients", "1"]);
         }
+        // Without renewals, the lease would end before that.
         let held = async |what: &str| {
-            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            let lost = tokio::time::timeout(ttl, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid(), "{what}: {lost:?}");
         };
         held("the connection for renewals is open").await;
 
-        let error = store.builder().connect().await.expect_err("no more connections");
-        assert!(error.to_string().contains("max number of clients"), "{error}");
-        assert!(error.is_retryable(), "{error}");
+        // A manager listens for the reason for a fifth of a second; a busy server may take longer.
+        until("the error names the limit", async || {
+            let error = store.builder().connect().await.expect_err("no more connections");
+            assert!(error.is_retryable(), "{error}");
+            error.to_string().contains("max number of clients")
+        })
+        .await;
 
-        let cut: usize = nodes.iter().map(|node| cut_named(node, ":renewals")).sum();
-        assert_eq!(cut, nodes.len());
+        for node in &nodes {
+            // On a busy machine, a manager may have given up its connection to a node before.
+            cut_named(node, ":renewals");
+            assert_eq!(named(node, ":renewals"), [""; 0]);
+        }
         held("another connection takes its place").await;
 
         for node in &nodes {
@@ -475,12 +498,8 @@ on_each_store! {
 #[tokio::test]
 async fn connection_names_state_their_purpose() {
     let server = RedisServer::start();
-    let locks = LockManager::builder()
-        .shard(server.url())
-        .connections(2)
-        .connect()
-        .await
-        .expect("connect");
+    let builder = LockManager::builder().shard(server.url()).connections(2);
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     assert_eq!(named(&server, &format!(":{}:requests", locks.id())).len(), 2);
     assert_eq!(named(&server, &format!(":{}:renewals", locks.id())).len(), 1);
 }
@@ -505,20 +524,26 @@ async fn unpolled_request_does_not_block_reconnection() {
 /// A device on the path has lost the connections' state, and neither side is notified.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_outlives_connections_that_fall_silent() {
-    let server = RedisServer::start();
-    let proxy = Proxy::start(server.address());
-    // Renewals of the shorter lease have less time than a request.
-    for ttl in [1, 2].map(Duration::from_secs) {
+    let server = &RedisServer::start();
+    // A renewal of the shorter lease waits for less time on a silent connection than a request.
+    let leases = [4_500, 6_000].map(Duration::from_millis).map(|ttl| async move {
+        let proxy = Proxy::start(server.address());
         let locks = LockManager::builder().shard(proxy.url()).ttl(ttl);
-        let locks = locks.connect().await.expect("connect");
+        let locks = locks
+            .store_timeout(Duration::from_secs(3))
+            .connect()
+            .await
+            .expect("connect");
         for _ in 0..2 {
-            let guard = lock(&locks, "k").await;
+            let guard = lock(&locks, &format!("{ttl:?}")).await;
             proxy.silence();
-            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            // Without a renewal on a new connection, the lease would end before that.
+            let lost = tokio::time::timeout(ttl, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid(), "{ttl:?}: {lost:?}");
             guard.release().await.expect("on a new connection");
         }
-    }
+    });
+    join_all(leases).await;
 }
 
 /// Regression: the request was sent again and again on the same connection, until its own timeout.
@@ -539,9 +564,11 @@ async fn waiting_request_leaves_a_silent_connection() {
 async fn stalled_acquire_of_a_free_key_leaves_the_key_usable() {
     let server = RedisServer::start();
     let proxy = Proxy::start(server.address());
-    let limit = Duration::from_millis(400);
-    let builder = LockManager::builder().shard(proxy.url()).store_timeout(limit);
-    let locks = builder.connect().await.expect("connect");
+    // Much longer than a reply is held back, also on a busy machine.
+    let limit = Duration::from_secs(3);
+    let builder = |limit| LockManager::builder().shard(proxy.url()).store_timeout(limit);
+    let locks = builder(limit).connect().await.expect("connect");
+    let hasty = connect_in_time(builder(Duration::from_millis(400))).await;
     let others = support_locks::connect(&server.url()).await;
     // The manager's first lock stores the shard map.
     lock(&locks, "other").await.release().await.expect("release");
@@ -568,9 +595,9 @@ async fn stalled_acquire_of_a_free_key_leaves_the_key_usable() {
     }
 
     // Longer than the store timeout: the request fails, and the lease whose reply was lost is
-    // released.
+    // released. Otherwise it would last for the rest of the TTL, almost ten seconds.
     proxy.hold_back();
-    let error = soon("an error", locks.lock("k").into_future())
+    let error = soon("an error", hasty.lock("k").into_future())
         .await
         .expect_err("no answer");
     assert!(
@@ -581,6 +608,6 @@ async fn stalled_acquire_of_a_free_key_leaves_the_key_usable() {
     lock(&others, "k").await.release().await.expect("release");
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     proxy.let_through();
-    lock(&locks, "k").await.release().await.expect("release");
+    lock_in_time(&hasty, "k").await;
     until("nothing is left", async || lock_keys(&server).is_empty()).await;
 }

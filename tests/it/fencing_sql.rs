@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use shardlock::{FencingToken, LockManager};
 use support::postgres::Postgres;
+use support_locks::connect;
 use tokio_postgres::{Client, NoTls};
 
 type BoxError = Box<dyn Error + Send + Sync>;
@@ -104,7 +105,7 @@ fn guide_shows_the_code_that_runs_here() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_statements_keep_the_writes_of_an_old_holder_out() {
     let (postgres, database) = database().await;
-    let locks = LockManager::connect("memory://").await.unwrap();
+    let locks = connect("memory://").await;
     let other = client(&postgres).await;
     let (one, two) = tokio::join!(deposit(&locks, &database, 7, 10), deposit(&locks, &other, 7, 5));
     one.unwrap();
@@ -129,7 +130,7 @@ async fn two_statements_keep_the_writes_of_an_old_holder_out() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn insert_or_update_touches_no_row_with_a_larger_token() {
     let (_postgres, database) = database().await;
-    let locks = LockManager::connect("memory://").await.unwrap();
+    let locks = connect("memory://").await;
     let (old, new) = tokens(&locks).await;
     let upsert = statement("ON CONFLICT");
     let upsert = async |id: i64, token: i64, balance: i64| {
@@ -147,7 +148,7 @@ async fn insert_or_update_touches_no_row_with_a_larger_token() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn trigger_fences_statements_without_a_token_check() {
     let (_postgres, mut database) = database().await;
-    let locks = LockManager::connect("memory://").await.unwrap();
+    let locks = connect("memory://").await;
     let (old, new) = tokens(&locks).await;
     database.batch_execute(statement("CREATE TRIGGER")).await.unwrap();
     let set_token = statement("set_config");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use shardlock::{LockManager, LossReason};
 use support::{PATIENCE, worker};
-use support_locks::{lock, poll_once, soon};
+use support_locks::{STORE_TIMEOUT, lock, poll_once, soon};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
@@ -48,17 +48,17 @@ impl Drop for ManagerCaller {
 /// manager deadlocked on that mutex, on the thread that renews all leases of the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waker_of_a_loss_may_call_the_manager() {
-    let ttl = Duration::from_secs(2);
+    let ttl = Duration::from_secs(3);
     let builder = LockManager::builder().shard("memory://wakers-of-losses").ttl(ttl);
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     let other = lock(&locks, "other").await;
-    let capped = locks.lock("capped").max_hold(ttl / 5).await.expect("lock");
+    let capped = locks.lock("capped").max_hold(ttl * 2 / 3).await.expect("lock");
     let (waker, answers) = ManagerCaller::waker(&locks);
     let mut lost = Box::pin(capped.lost());
     assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
     assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
     assert_eq!(poll_once(&mut lost), Some(LossReason::MaxHold));
-    tokio::time::sleep(2 * ttl).await;
+    tokio::time::sleep(ttl).await;
     assert!(other.is_valid(), "renewals continue");
 
     let (waker, answers) = ManagerCaller::waker(&locks);
@@ -144,7 +144,7 @@ async fn recorder_that_panics_loses_no_lock() {
     let _for_this_thread = metrics::set_default_local_recorder(&recorder);
     let ttl = Duration::from_secs(2);
     let builder = LockManager::builder().shard("memory://failing-recorder").ttl(ttl);
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     recorder.0.store(true, Ordering::SeqCst);
     let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
@@ -221,7 +221,7 @@ pub(crate) fn lock_with_a_failing_log(me: &worker::Current) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime").block_on(async {
         let builder = LockManager::builder().shard("memory://").ttl(TTL).slow_wait(SLOW);
-        let locks = builder.connect().await.expect("connect");
+        let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
         let renewed = lock(&locks, "renewed").await;
         for call in [Call::Event, Call::NewSpan, Call::Enter, Call::Exit, Call::Close] {
             FAILS_AT.store(call as u8, Ordering::SeqCst);

@@ -10,18 +10,21 @@ use support::quorum::MAX_TTL;
 #[cfg(feature = "tls")]
 use support::tls::{Authority, TlsServer};
 use support::{Cluster, PATIENCE, Quorum, RedisServer};
-use support_locks::{lock, lock_keys, soon, until};
+use support_locks::{STORE_TIMEOUT, lock, lock_keys, soon, until};
 use tokio::task::JoinSet;
 
 /// Delays acquire requests on their way, replaces their connections, lets the releases of their
 /// cycles complete on the new connections, and then delivers the delayed requests.
 async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Proxy], builder: Builder, ttl: Duration) {
-    let locks = builder
-        .ttl(ttl)
-        .store_timeout(Duration::from_secs(2))
-        .connect()
-        .await
-        .expect("connect");
+    let builder = builder.ttl(ttl).store_timeout(STORE_TIMEOUT);
+    let mut locks = None;
+    // In a cluster, whatever its store timeout is, a manager waits for a node for a second at most.
+    until("the manager is connected", async || {
+        locks = builder.clone().connect().await.ok();
+        locks.is_some()
+    })
+    .await;
+    let locks = locks.expect("just seen");
     // Loads the scripts into the servers and opens all connections.
     let keys: Vec<String> = (0..20).map(|number| format!("k{number}")).collect();
     for key in &keys {

@@ -6,8 +6,16 @@ use std::time::{Duration, Instant};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockManager, LossReason};
 use support::filter::{Filter, Verdict, is_of_several_slots};
+use support::quorum::MAX_TTL;
 use support::{PATIENCE, RedisServer, eventually};
-use support_locks::{MARGIN, TestStore, lock, on_each_store, poll_once, soon, until, until_queued, waiting};
+use support_locks::{
+    MARGIN, STORE_TIMEOUT, TestStore, lock, on_each_store, poll_once, soon, until, until_queued, waiting,
+};
+
+/// A manager with leases of [`MAX_TTL`], which a busy machine can renew in time.
+async fn renewing_manager(store: &TestStore) -> LockManager {
+    store.builder().ttl(MAX_TTL).connect().await.expect("connect")
+}
 
 on_each_store! {
     on(redis sentinel cluster, own);
@@ -52,20 +60,21 @@ on_each_store! {
 
 on_each_store! {
     async fn a_lock_is_held_for_many_ttls_while_its_holder_lives(store: &TestStore) {
-        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let (one, other) = (renewing_manager(store).await, renewing_manager(store).await);
         let guard = lock(&one, "k").await;
         let mut waiting = tokio::spawn(async move { lock(&other, "k").await });
-        let six_ttls = tokio::time::timeout(6 * store.short_ttl(), &mut waiting).await;
-        assert!(six_ttls.is_err(), "no other holder may get in");
-        assert!(guard.is_valid() && guard.remaining() <= store.short_ttl());
+        let three_ttls = tokio::time::timeout(3 * MAX_TTL, &mut waiting).await;
+        assert!(three_ttls.is_err(), "no other holder may get in");
+        assert!(guard.is_valid() && guard.remaining() <= MAX_TTL);
         guard.release().await.expect("the lock was held throughout");
         soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
     }
 
     async fn no_loss_is_reported_for_a_held_or_released_lock(store: &TestStore) {
-        let locks = store.short_lived_manager().await;
+        let locks = renewing_manager(store).await;
         let guard = lock(&locks, "k").await;
-        let told = tokio::time::timeout(2 * store.short_ttl(), guard.lost()).await;
+        // Without renewals, the lease would end before that.
+        let told = tokio::time::timeout(MAX_TTL, guard.lost()).await;
         assert!(told.is_err(), "the lock is held");
         guard.release().await.expect("release");
 
@@ -79,7 +88,7 @@ on_each_store! {
     }
 
     async fn lost_completes_at_once_after_the_loss(store: &TestStore) {
-        let locks = store.short_lived_manager().await;
+        let locks = store.manager().await;
         let guard = locks.lock("k").max_hold(Duration::from_millis(10)).await.expect("lock");
         soon("the loss", guard.lost()).await;
         for _ in 0..3 {
@@ -92,8 +101,8 @@ on_each_store! {
     }
 
     async fn max_hold_ends_the_renewal(store: &TestStore) {
-        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
-        let cap = store.short_ttl() * 2;
+        let (one, other) = (renewing_manager(store).await, renewing_manager(store).await);
+        let cap = MAX_TTL * 5 / 4;
         let started = Instant::now();
         let stuck = one.lock("k").max_hold(cap).await.expect("lock");
         let waiting = tokio::spawn(async move { lock(&other, "k").await });
@@ -123,7 +132,9 @@ on_each_store! {
     /// with a TTL of ten minutes, the key of a killed holder that had requested one second stayed
     /// locked for ten minutes.
     async fn handed_off_lease_has_the_ttl_of_its_new_owner(store: &TestStore) {
-        let (long, short) = (store.manager().await, store.short_lived_manager().await);
+        let ttl = Duration::from_secs(2);
+        let short = store.builder().ttl(ttl).connect().await.expect("connect");
+        let long = store.manager().await;
         let guard = lock(&long, "k").await;
         let waiting = tokio::spawn(async move { lock(&short, "k").await });
         until_queued(&long, "k", 1).await;
@@ -131,9 +142,7 @@ on_each_store! {
         let guard = soon("the waiter", waiting).await.expect("a task");
         let holder = long.inspect("k").await.expect("inspect").holder.expect("a holder");
         assert_eq!(holder.owner, guard.owner());
-        // Some stores round TTLs up to a second.
-        let longest = store.short_ttl().max(Duration::from_secs(2));
-        assert!(holder.remaining.is_none_or(|remaining| remaining <= longest), "{holder:?}");
+        assert!(holder.remaining.is_none_or(|remaining| remaining <= ttl), "{holder:?}");
         guard.release().await.expect("release");
     }
 
@@ -185,11 +194,13 @@ on_each_store! {
 /// Kills the holder. The first of three waiting managers gets the lock within the TTL, and the
 /// others keep waiting.
 async fn assert_killed_holder_is_succeeded(store: &TestStore, count: impl FnOnce(), counted: impl FnOnce()) {
-    let mut holder = store.locker();
+    // Long enough that the holder survives until it is killed.
+    let ttl = Duration::from_secs(2);
+    let mut holder = store.lockers(1, ttl).remove(0);
     holder.lock();
     let (watcher, mut waiting) = (store.manager().await, Vec::new());
     for place in 1..=3 {
-        let locks = store.short_lived_manager().await;
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
         waiting.push(tokio::spawn(async move { lock(&locks, "k").await }));
         until_queued(&watcher, "k", place).await;
     }
@@ -197,8 +208,8 @@ async fn assert_killed_holder_is_succeeded(store: &TestStore, count: impl FnOnce
     let killed = Instant::now();
     holder.kill();
     let guard = soon("the first waiter", waiting.remove(0)).await.expect("a task");
-    let (took, bound) = (killed.elapsed(), store.kind().dead_within(store.short_ttl()));
-    assert!(took < bound + MARGIN, "{took:?}");
+    let (took, bound) = (killed.elapsed(), store.kind().dead_within(ttl));
+    assert!(took < bound + 3 * MARGIN, "{took:?}");
     assert!(waiting.iter().all(|task| !task.is_finished()));
     counted();
     guard.release().await.expect("release");
@@ -217,12 +228,12 @@ on_each_store! {
     on(servers);
 
     async fn another_process_gets_the_lock_only_after_its_release(store: &TestStore) {
-        let mut holder = store.locker();
+        let mut holder = store.lockers(1, MAX_TTL).remove(0);
         let token = holder.lock();
         let locks = store.manager().await;
         let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
-        let four_ttls = tokio::time::timeout(4 * store.short_ttl(), &mut waiting).await;
-        assert!(four_ttls.is_err(), "the other process holds the lock");
+        let two_ttls = tokio::time::timeout(2 * MAX_TTL, &mut waiting).await;
+        assert!(two_ttls.is_err(), "the other process holds the lock");
         holder.release();
         let guard = soon("the release", waiting).await.expect("a task");
         assert!(guard.token().get() > token);
@@ -262,8 +273,9 @@ on_each_store! {
     async fn death_of_a_holder_wakes_only_the_next_waiter(store: &TestStore) {
         let server = store.server();
         // If the holder had renewed since, each waiter may have sent one request at the end of the
-        // TTL it knew of. No waiter was woken.
-        let counted = || assert!(server.publishes() <= 3, "{:?}", server.commands());
+        // TTL it knew of. Those behind the next one may have sent another when the lease ended. No
+        // waiter was woken.
+        let counted = || assert!(server.publishes() <= 5, "{:?}", server.commands());
         assert_killed_holder_is_succeeded(store, || server.reset_stats(), counted).await;
     }
 }
@@ -271,8 +283,7 @@ on_each_store! {
 /// Takes the lock away with `steal`. The holder is notified at its next renewal, and the waiters
 /// are served.
 async fn assert_taken_lease_is_reported(store: &TestStore, steal: impl FnOnce()) {
-    let connect = || store.builder().ttl(Duration::from_secs(2)).connect();
-    let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
+    let (one, other) = (renewing_manager(store).await, renewing_manager(store).await);
     let guard = lock(&one, "k").await;
     let waiting = tokio::spawn({
         let other = other.clone();
@@ -287,7 +298,7 @@ async fn assert_taken_lease_is_reported(store: &TestStore, steal: impl FnOnce())
     steal();
     assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
     // A tenth of the TTL and some slack for a loaded machine, but less than the TTL.
-    assert!(stolen.elapsed() < Duration::from_millis(1200), "{:?}", stolen.elapsed());
+    assert!(stolen.elapsed() < MAX_TTL * 9 / 10, "{:?}", stolen.elapsed());
     assert!(!guard.is_valid());
     let error = guard.release().await.expect_err("the lock was taken");
     assert!(error.loss_reason() == Some(LossReason::Taken), "{error}");
@@ -306,14 +317,22 @@ on_each_store! {
     on(pausable, own);
 
     async fn failed_renewal_before_the_lease_expires_is_no_loss(store: &TestStore) {
-        let ttl = Duration::from_secs(3);
-        let builder = store.builder().ttl(ttl).store_timeout(ttl / 10);
-        let locks = builder.connect().await.expect("connect");
+        // Servers and tasks that are late by a second or two leave time for more renewals.
+        let ttl = Duration::from_secs(5);
+        let builder = store.builder().ttl(ttl).redlock_max_ttl(ttl).store_timeout(ttl / 10);
+        let mut connected = None;
+        // A busy machine may take longer than the store timeout.
+        until("the manager is connected", async || {
+            connected = builder.clone().connect().await.ok();
+            connected.is_some()
+        })
+        .await;
+        let locks = connected.expect("just seen");
         let guard = lock(&locks, "k").await;
         for _ in 0..2 {
-            // All renewals fail for half of the TTL. That is about three, with time left for more.
+            // All renewals fail, which are about two, with time left for more.
             store.servers().stop_all();
-            let lost = tokio::time::timeout(ttl / 2, guard.lost()).await;
+            let lost = tokio::time::timeout(ttl * 3 / 10, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid());
             store.servers().resume_all();
             eventually("a renewal succeeds", PATIENCE, || guard.remaining() > ttl * 4 / 5).await;
@@ -321,7 +340,10 @@ on_each_store! {
         // In a quorum, renewals are also sent to nodes considered dead. Other requests wait until
         // the nodes are known to be alive.
         until("requests are answered", async || locks.inspect("k").await.is_ok()).await;
-        guard.release().await.expect("the lock was held throughout");
+        // The lock was held throughout, although a busy machine may answer too late.
+        if let Err(error) = guard.release().await {
+            assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
+        }
     }
 
     async fn loss_is_reported_before_another_manager_can_get_the_lease(store: &TestStore) {
@@ -344,9 +366,9 @@ on_each_store! {
         };
         let cut = async {
             // Renewals get no reply for a whole TTL, and the waiter retries as soon as the server
-            // is resumed.
+            // is resumed. A busy machine reports the loss a moment after the lease has ended.
             store.servers().stop_all();
-            tokio::time::sleep(ttl).await;
+            tokio::time::sleep(ttl + 3 * MARGIN / 2).await;
             assert!(!guard.is_valid(), "the local clock is enough");
             store.servers().resume_all();
         };
@@ -370,7 +392,7 @@ async fn failed_release_of_a_long_lease_is_retried_when_the_server_returns() {
     let server = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let ttl = Duration::from_millis(200);
     let builder = LockManager::builder().shard(server.url()).ttl(ttl);
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
     server.kill();
     drop(guard);
@@ -381,22 +403,23 @@ async fn failed_release_of_a_long_lease_is_retried_when_the_server_returns() {
     lock(&other, "k").await.release().await.expect("release");
 }
 
-/// Locks `count` keys and holds them for two TTLs.
+/// Locks `count` keys and holds them for longer than they would last without renewals.
 async fn are_held(locks: &LockManager, count: usize) {
     let mut guards = Vec::new();
     for number in 0..count {
         guards.push(lock(locks, &format!("k{number}")).await);
     }
     let lost = futures_util::future::select_all(guards.iter().map(|guard| Box::pin(guard.lost())));
-    let lost = tokio::time::timeout(2 * MANY_TTL, lost).await;
+    let lost = tokio::time::timeout(MANY_TTL, lost).await;
     assert_eq!(lost.map(|(reason, number, _)| (reason, number)).ok(), None);
     for guard in guards {
         guard.release().await.expect("the lock was held throughout");
     }
 }
 
-/// Long enough for the renewals that discover which requests a proxy accepts.
-const MANY_TTL: Duration = Duration::from_secs(2);
+/// Long enough for the renewals that discover which requests a proxy accepts. A renewal without an
+/// answer for a third of it replaces its connection, which would have to discover this again.
+const MANY_TTL: Duration = Duration::from_secs(6);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_stay_held_behind_a_proxy_that_refuses_scripts_of_several_slots() {
@@ -406,7 +429,7 @@ async fn locks_stay_held_behind_a_proxy_that_refuses_scripts_of_several_slots() 
         false => Verdict::Pass,
     });
     let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     are_held(&locks, 20).await;
     // The connection remembers this: later calls have keys of one slot.
     assert_eq!(proxy.stopped(), 1);
@@ -420,7 +443,7 @@ async fn locks_stay_held_behind_a_proxy_that_hangs_up_on_scripts_of_several_slot
         false => Verdict::Pass,
     });
     let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     are_held(&locks, 20).await;
     assert!(proxy.stopped() <= 4, "{}", proxy.stopped());
 }
@@ -429,8 +452,7 @@ on_each_store! {
     on(redis_nodes, own);
 
     async fn key_without_permission_loses_no_other_lock(store: &TestStore) {
-        let ttl = Duration::from_millis(1500);
-        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let locks = renewing_manager(store).await;
         // All keys share a hash tag, so a cluster renews them in one call.
         let mut kept = Vec::new();
         for number in 0..10 {
@@ -442,7 +464,7 @@ on_each_store! {
         }
         assert_eq!(soon("the loss", forbidden.lost()).await, LossReason::Expired);
         let lost = futures_util::future::select_all(kept.iter().map(|guard| Box::pin(guard.lost())));
-        assert!(tokio::time::timeout(2 * ttl, lost).await.is_err(), "another lock was lost");
+        assert!(tokio::time::timeout(MAX_TTL, lost).await.is_err(), "another lock was lost");
         for guard in kept {
             guard.release().await.expect("the lock was held throughout");
         }

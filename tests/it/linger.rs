@@ -116,7 +116,7 @@ on_each_store! {
             let started = Instant::now();
             last = use_once(&other, "k").await;
             assert!(last > token, "{last} after {token}");
-            let limit = if has_short_leases(store) { Duration::from_secs(3) } else { PATIENCE };
+            let limit = if has_short_leases(store) { Duration::from_millis(4_500) } else { PATIENCE };
             assert!(started.elapsed() < limit, "{:?}", started.elapsed());
             until("no lease lingers", async || kept(&one) == 0).await;
         }
@@ -153,7 +153,11 @@ on_each_store! {
         let lease = owner(&other, "k").await;
         let deadline = Instant::now() + 2 * store.kind().dead_within(ttl);
         while Instant::now() < deadline {
-            assert!(other.try_lock("k").await.expect("try").is_none());
+            // A busy quorum may answer one of so many tries too late.
+            match other.try_lock("k").await {
+                Ok(taken) => assert!(taken.is_none()),
+                Err(error) => assert!(error.is_retryable(), "{error}"),
+            }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         let guard = lock(&locks, "k").await;
@@ -201,7 +205,8 @@ on_each_store! {
     }
 
     async fn tasks_that_give_up_do_not_end_a_lingering_lease(store: &TestStore) {
-        let locks = keeper(store).await;
+        // While a renewal is late, a lock has to wait for it.
+        let locks = connect(seldom_renewed(store).linger(LONG)).await;
         let guard = lock(&locks, "k").await;
         let lease = guard.owner();
         let gone: Vec<_> = (0..10).map(|_| waiting(&locks, "k")).collect();
@@ -269,8 +274,8 @@ on_each_store! {
             owner(&locks, "k").await.is_some()
         })
         .await;
-        lockers[0].kill();
         let killed = Instant::now();
+        lockers[0].kill();
         assert!(locks.try_lock("k").await.expect("try").is_none(), "the lease has not expired yet");
         let guard = lock(&locks, "k").await;
         assert!(guard.token().get() > token);
@@ -280,7 +285,7 @@ on_each_store! {
     }
 
     async fn deleted_lingering_lease_is_not_reused_and_is_no_loss(store: &TestStore) {
-        let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
+        let locks = connect(patient(store).ttl(2 * store.short_ttl()).linger(LONG)).await;
         let token = use_once(&locks, "k").await;
         store.servers().delete(&store.lease("k"));
         until("the next renewal finds out", async || kept(&locks) == 0).await;
@@ -312,7 +317,8 @@ on_each_store! {
     on(pausable, own);
 
     async fn lock_under_a_lingering_lease_needs_no_server(store: &TestStore) {
-        let locks = keeper(store).await;
+        // While a renewal is late, a lock has to wait for it.
+        let locks = connect(seldom_renewed(store).linger(LONG)).await;
         use_once(&locks, "k").await;
         store.servers().stop_all();
         for _ in 0..20 {
@@ -387,14 +393,16 @@ on_each_store! {
             use_once(&locks, "k").await;
         }
         let mut commands = server.commands();
-        commands.retain(|name, _| name != "info" && !name.starts_with("config"));
+        // Each use would send one command at least. A check of the shard or the inbox, of which few
+        // fall into this period even on a busy machine, sends each command three times at most.
+        commands.retain(|name, &mut calls| name != "info" && !name.starts_with("config") && calls >= 40);
         assert_eq!(commands, std::collections::BTreeMap::new());
     }
 
     /// A client of another library can't ask for the key. The key stays taken until the linger time
     /// is over.
     async fn client_of_another_library_finds_a_lingering_lease_taken(store: &TestStore) {
-        let locks = connect(patient(store).linger(Duration::from_secs(2))).await;
+        let locks = connect(patient(store).linger(Duration::from_secs(3))).await;
         use_once(&locks, "k").await;
         let take = || store.servers().command(&["SET", "lock:k", "theirs", "NX", "PX", "60000"]);
         assert_eq!(take(), redis::Value::Nil);

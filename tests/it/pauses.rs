@@ -4,13 +4,13 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use shardlock::LossReason;
-use support::worker;
+use support::quorum::MAX_TTL;
+use support::{PATIENCE, worker};
 use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon};
 
-/// Longer than a loaded machine deprives a thread of its processor.
-fn ttl(store: &TestStore) -> Duration {
-    store.short_ttl().max(Duration::from_millis(1500))
-}
+/// Longer than a loaded machine deprives threads and servers of their processors. A quorum allows
+/// no longer one.
+const TTL: Duration = MAX_TTL;
 
 /// How often a worker looks at its guard. One that never rests takes a core from other tests.
 const WATCH_EVERY: Duration = Duration::from_millis(1);
@@ -53,17 +53,16 @@ on_each_store! {
     on(servers);
 
     async fn process_stopped_for_longer_than_its_ttl_detects_the_loss_at_once(store: &TestStore) {
-        let ttl = ttl(store);
-        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
+        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &TTL.as_millis().to_string())]);
         let old: u64 = paused.line().parse().expect("a token");
         paused.stop();
         let stopped = Instant::now();
-        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let locks = store.builder().ttl(TTL).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         assert!(guard.token().get() > old);
         // The next holder gets the lock within the TTL. The pause lasts until a TTL has certainly
         // passed.
-        tokio::time::sleep_until((stopped + 2 * ttl).into()).await;
+        tokio::time::sleep_until((stopped + TTL * 4 / 3).into()).await;
         paused.cont();
         assert_eq!(paused.line(), format!("false 0ns Some({:?})", LossReason::Expired));
         // The late release frees nothing.
@@ -77,18 +76,16 @@ on_each_store! {
     }
 
     async fn a_process_that_was_stopped_for_less_than_its_ttl_keeps_its_lock(store: &TestStore) {
-        // Less than half of it is left for a renewal after a pause.
-        let ttl = 2 * ttl(store);
-        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
+        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &TTL.as_millis().to_string())]);
         paused.line();
-        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let locks = store.builder().ttl(TTL).connect().await.expect("connect");
         let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
         for _ in 0..4 {
             paused.stop();
-            // A quarter of the TTL, followed by enough time to renew.
-            tokio::time::sleep(ttl / 4).await;
+            // A pause, which is longer on a busy machine, and then enough time to renew.
+            tokio::time::sleep(TTL / 6).await;
             paused.cont();
-            let waited = tokio::time::timeout(ttl / 2, &mut waiting).await;
+            let waited = tokio::time::timeout(TTL / 2, &mut waiting).await;
             assert!(waited.is_err(), "the lock is held");
         }
         assert_eq!(paused.line_within(Duration::ZERO), None, "nothing was lost");
@@ -99,9 +96,9 @@ on_each_store! {
 
 on_each_store! {
     async fn a_lock_is_held_while_all_workers_of_its_runtime_are_blocked(store: &TestStore) {
-        let watcher = store.manager().await;
-        let ttl = ttl(store);
-        let builder = store.builder().ttl(ttl);
+        // A quorum waits for a majority for less than half of the store timeout.
+        let watcher = store.builder().store_timeout(PATIENCE).connect().await.expect("connect");
+        let builder = store.builder().ttl(TTL);
         let workers = 2;
         let blocked = Arc::new(Barrier::new(workers + 1));
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -119,14 +116,14 @@ on_each_store! {
             let blocked = Arc::clone(&blocked);
             runtime.spawn(async move {
                 blocked.wait();
-                // Blocks its worker thread for three TTLs, which tasks must not do.
-                std::thread::sleep(3 * ttl);
+                // Blocks its worker thread for two TTLs, which tasks must not do.
+                std::thread::sleep(2 * TTL);
             });
         }
         let blocked = tokio::task::spawn_blocking(move || blocked.wait());
         blocked.await.expect("all workers are blocked");
         let began = Instant::now();
-        while began.elapsed() < 2 * ttl {
+        while began.elapsed() < TTL * 4 / 3 {
             assert!(guard.is_valid());
             assert!(watcher.try_lock("k").await.expect("try").is_none(), "the lock is held");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -135,7 +132,7 @@ on_each_store! {
         assert_eq!(poll_once(&mut Box::pin(guard.lost())), None);
         let rest = tokio::task::spawn_blocking(move || drop(runtime));
         rest.await.expect("the workers end");
-        assert!(began.elapsed() >= 2 * ttl && guard.is_valid());
+        assert!(began.elapsed() >= TTL * 4 / 3 && guard.is_valid());
         soon("the release", guard.release()).await.expect("the lock was held throughout");
         drop(locks);
     }

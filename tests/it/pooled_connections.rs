@@ -256,9 +256,17 @@ async fn erasing_ends_when_the_server_stops_answering() {
             node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
         }
         let builder = LockManager::builder().shard(format!("{scheme}://{}", proxy.address()));
-        let locks = builder.store_timeout(Duration::from_secs(2)).connect().await.expect("connect");
+        let locks = builder
+            .store_timeout(Duration::from_secs(2))
+            .connect()
+            .await
+            .expect("connect");
         let error = soon("the end", namespace::erase(&locks)).await.expect_err("no answer");
-        assert_eq!((error.kind(), error.step()), (LockErrorKind::Unavailable, Some("erase")), "{error}");
+        assert_eq!(
+            (error.kind(), error.step()),
+            (LockErrorKind::Unavailable, Some("erase")),
+            "{error}"
+        );
         drop(over);
     }
 }

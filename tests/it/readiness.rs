@@ -19,10 +19,16 @@ fn readyz(address: SocketAddr) -> (u16, Value) {
     (status, content)
 }
 
+/// The settings of a manager of one server.
+fn one_shard(url: String) -> Builder {
+    LockManager::builder().named_shard("s", url).store_timeout(LOOK_LIMIT)
+}
+
 /// Two servers, and the settings of a manager with both.
 fn two_shards() -> (RedisServer, RedisServer, Builder) {
     let (one, two) = (RedisServer::start(), RedisServer::start());
     let builder = LockManager::builder()
+        .store_timeout(LOOK_LIMIT)
         .named_shard("one", one.url())
         .named_shard("two", two.url());
     (one, two, builder)
@@ -98,7 +104,7 @@ async fn process_that_needs_all_shards_is_not_ready_while_one_is_down() {
 
 /// Checks that the process is not ready while the server refuses locks for this reason.
 async fn is_not_ready_while(server: &RedisServer, begin: impl Fn(), end: impl Fn(), reason: &str) {
-    let (locks, admin) = serve(LockManager::builder().named_shard("s", server.url())).await;
+    let (locks, admin) = serve(one_shard(server.url())).await;
     assert_eq!(readyz(admin.address()).0, 200);
     begin();
     wait_until("the shard is down", PATIENCE, || readyz(admin.address()).0 == 503);
@@ -181,7 +187,7 @@ async fn server_that_refuses_the_login_is_down() {
     let server = RedisServer::start();
     server.command(&["ACL", "SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all"]);
     let url = server.url().replace("redis://", "redis://worker:secret@");
-    let (locks, admin) = serve(LockManager::builder().named_shard("s", url)).await;
+    let (locks, admin) = serve(one_shard(url)).await;
     assert_eq!(readyz(admin.address()).0, 200);
     // Ends the user's connections.
     server.command(&["ACL", "DELUSER", "worker"]);
@@ -199,7 +205,7 @@ async fn server_that_refuses_the_login_is_down() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shard_with_another_shard_map_is_down() {
     let server = RedisServer::start();
-    let (locks, admin) = serve(LockManager::builder().named_shard("s", server.url())).await;
+    let (locks, admin) = serve(one_shard(server.url())).await;
     assert!(lock_in_time(&locks, "k").await > 0);
     let map: String = server.query(&["GET", "lock:%map"]);
     server.command(&["SET", "lock:%map", "of another version"]);

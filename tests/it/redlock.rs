@@ -4,12 +4,13 @@ mod load;
 
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
 use shardlock::{LockGuard, LockManager};
 use support::quorum::MAX_TTL;
-use support::{Quorum, RedisServer};
-use support_locks::{MARGIN, lock, soon, until, waiting};
+use support::{PATIENCE, Quorum, RedisServer};
+use support_locks::{lock, soon, until, waiting};
 
 /// A node on a busy machine may take longer than the default of a second to answer.
 const STORE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -22,8 +23,11 @@ fn builder(quorum: &Quorum) -> Builder {
         .redlock_max_ttl(MAX_TTL)
 }
 
+/// A request waits for a majority for less than half of the store timeout. On a busy machine, nodes
+/// are often taken for silent, and some tests leave no more than a majority.
 async fn connect(quorum: &Quorum) -> LockManager {
-    builder(quorum).connect().await.expect("connect")
+    let builder = builder(quorum).store_timeout(PATIENCE);
+    builder.connect().await.expect("connect")
 }
 
 /// Keys of individual locks on a node.
@@ -91,8 +95,8 @@ async fn locks_and_hand_offs_work_with_any_two_nodes_silent() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
     let quorum = Quorum::start(5);
-    let limited = builder(&quorum).store_timeout(Duration::from_secs(1));
-    let (locks, other) = (limited.connect().await.expect("connect"), connect(&quorum).await);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let limited = &builder(&quorum).connect().await.expect("connect");
     let mut last = 0;
     for dead in [0, 3] {
         quorum.nodes()[dead].kill();
@@ -105,21 +109,19 @@ async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
         }
     }
     quorum.nodes()[4].kill();
-    for key in ["a", "b", "k"] {
+    let failing = ["a", "b", "k"].map(|key| async move {
         let started = Instant::now();
-        let error = locks.lock(key).await.expect_err("no majority");
+        let error = limited.lock(key).await.expect_err("no majority");
+        (error, started.elapsed())
+    });
+    for (error, waited) in join_all(failing).await {
         assert!(
             error.kind() == LockErrorKind::Unavailable && error.is_retryable(),
             "{error}"
         );
         assert!(error.to_string().contains("3 of 5 nodes are needed"), "{error}");
         assert!(error.to_string().contains(&quorum.nodes()[4].address()), "{error}");
-        // The store timeout is one second.
-        assert!(
-            started.elapsed() < Duration::from_secs(1) + MARGIN,
-            "{:?}",
-            started.elapsed()
-        );
+        assert!(waited < 2 * STORE_TIMEOUT, "{waited:?}");
     }
     nothing_is_left(&quorum, |node| ![0, 3, 4].contains(&node)).await;
     // A new manager receives the error as well.
@@ -131,10 +133,11 @@ async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
 async fn of_four_nodes_three_are_a_majority_and_two_are_not() {
     let quorum = Quorum::start(4);
     let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let limited = builder(&quorum).connect().await.expect("connect");
     quorum.nodes()[1].kill();
     lock_can_be_acquired(&locks, &other, "k").await;
     quorum.nodes()[2].kill();
-    let error = locks.lock("k").await.expect_err("half is no majority");
+    let error = limited.lock("k").await.expect_err("half is no majority");
     assert!(error.to_string().contains("3 of 4 nodes are needed"), "{error}");
     nothing_is_left(&quorum, |node| ![1, 2].contains(&node)).await;
 }
@@ -148,9 +151,10 @@ async fn a_node_that_restarted_has_no_vote_until_the_longest_ttl_has_passed() {
     quorum.nodes()[0].restart();
     quorum.nodes()[1].kill();
     let other = connect_when_possible(&quorum).await;
-    // A busy machine may find the third node slow as well, and then reports only that.
+    // A busy machine may find the third node slow as well, and then reports only that. The error
+    // must not wait until the node votes again, after four seconds.
     until("the missing vote is reported", async || {
-        let error = other.lock("k").await.expect_err("no majority");
+        let error = other.lock("k").fail_fast().await.expect_err("no majority");
         error.to_string().contains("no vote yet")
     })
     .await;
@@ -402,8 +406,11 @@ async fn two_silent_or_dead_nodes_do_not_slow_the_others() {
         .each_mut()
         .map(|times| (percentile(times, 0.5), percentile(times, 0.99)));
     println!("p50 and p99 of acquiring: all alive {alive:?}, two silent {silent:?}, two dead {dead:?}");
-    // Allow for the scheduling delays of a busy machine.
-    let bound = alive.1 * 2 + Duration::from_millis(2);
+    let bound = alive.0 * 2 + Duration::from_millis(2);
+    assert!(silent.0 <= bound && dead.0 <= bound, "{alive:?} {silent:?} {dead:?}");
+    // Allow for the scheduling delays of a busy machine. A request that waits for a node takes a
+    // quarter of a second longer.
+    let bound = alive.1 * 2 + Duration::from_millis(100);
     assert!(silent.1 <= bound && dead.1 <= bound, "{alive:?} {silent:?} {dead:?}");
 }
 

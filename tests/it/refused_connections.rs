@@ -8,22 +8,38 @@ use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockManager, LossReason};
 use support::filter::{Filter, Verdict};
 use support::{Cluster, RedisServer};
-use support_locks::{lock, soon};
+use support_locks::{STORE_TIMEOUT, lock, soon, until};
 
-/// The error of connecting to this URL. It must be returned quickly and must not contain the
-/// password.
-async fn refused(url: &str) -> LockError {
-    let started = Instant::now();
-    let builder = LockManager::builder().shard(url).store_timeout(Duration::from_secs(5));
+/// The error of connecting to this URL, and whether it was returned before the time limit. It must
+/// not contain the password.
+async fn attempt(url: &str) -> (LockError, bool) {
+    let (started, limit) = (Instant::now(), Duration::from_secs(6));
+    let builder = LockManager::builder().shard(url).store_timeout(limit);
     let error = soon("an error", builder.connect()).await.expect_err(url);
-    assert!(
-        started.elapsed() < Duration::from_secs(4),
-        "{:?}: {error}",
-        started.elapsed()
-    );
     assert!(!error.to_string().contains("hunter2"), "{error}");
     assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    (error, started.elapsed() < limit * 5 / 6)
+}
+
+/// The error of connecting to this URL, which must be returned quickly.
+async fn refused(url: &str) -> LockError {
+    let (error, is_quick) = attempt(url).await;
+    assert!(is_quick, "{error}");
     error
+}
+
+/// [`refused`] for an error with these words. A manager waits a fifth of a second for the answer to
+/// a question about what is at the port, and a second for a node of a cluster. A busy machine may
+/// take longer, and then the error says less.
+async fn explained(url: &str, words: &str) -> LockError {
+    let mut explained = None;
+    until("the error is explained", async || {
+        let (error, is_quick) = attempt(url).await;
+        explained = (is_quick && error.to_string().contains(words)).then_some(error);
+        explained.is_some()
+    })
+    .await;
+    explained.expect("just seen")
 }
 
 #[tokio::test]
@@ -111,9 +127,9 @@ async fn port_of_another_protocol_is_explained() {
             });
         }
     });
-    let error = refused(&format!("redis://{address}")).await;
+    let error = explained(&format!("redis://{address}"), "HTTP/1.1 400 Bad Request").await;
     assert!(error.kind() == LockErrorKind::Refused, "{error}");
-    for part in [&address.to_string(), "not a Redis", "HTTP/1.1 400 Bad Request"] {
+    for part in [&address.to_string(), "not a Redis"] {
         assert!(error.to_string().contains(part), "{error}");
     }
 }
@@ -144,10 +160,9 @@ async fn port_of_another_protocol_is_reported_before_the_time_limit() {
                 });
             }
         });
-        let error = refused(&url).await;
         let said = [greeting, reply].concat();
+        let error = explained(&url, said.trim()).await;
         assert!(error.kind() == LockErrorKind::Refused, "{error}");
-        assert!(error.to_string().contains(said.trim()), "{error}");
     }
 }
 
@@ -161,15 +176,10 @@ async fn a_proxy_that_hangs_up_on_commands_is_reported_with_all_of_them() {
             false => Verdict::Pass,
         }
     });
-    let error = refused(&proxy.url()).await;
+    let words = "closes the connection on CLIENT, ROLE, TIME, SUBSCRIBE:";
+    let error = explained(&proxy.url(), words).await;
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
-        "{error}"
-    );
-    assert!(
-        error
-            .to_string()
-            .contains("closes the connection on CLIENT, ROLE, TIME, SUBSCRIBE:"),
         "{error}"
     );
 }
@@ -197,8 +207,9 @@ async fn server_without_role_is_refused_unless_the_check_is_off() {
         "{error}"
     );
     assert!(error.to_string().contains("set check_role = false"), "{error}");
-    let builder = LockManager::builder().shard(server.url()).ttl(Duration::from_secs(2));
-    let locks = builder.check_role(false).connect().await.expect("connect");
+    let builder = LockManager::builder().shard(server.url()).ttl(Duration::from_secs(5));
+    let builder = builder.store_timeout(STORE_TIMEOUT).check_role(false);
+    let locks = builder.connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     let other = lock(&locks, "other").await;
     // A renewal that finds its lease gone does not send ROLE either.
@@ -221,15 +232,12 @@ async fn a_cluster_too_old_for_waiting_is_refused_at_connect() {
     // The node announces the proxy's port.
     let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
     cluster.nodes()[0].command(&["CONFIG", "SET", "cluster-announce-port", &port]);
-    let error = refused(&format!("redis+cluster://{}", proxy.address())).await;
+    let error = explained(&format!("redis+cluster://{}", proxy.address()), "sharded pub/sub").await;
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
         "{error}"
     );
-    assert!(
-        error.to_string().contains("sharded pub/sub") && error.to_string().contains("Redis 7.0"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("Redis 7.0"), "{error}");
 }
 
 #[tokio::test]
@@ -244,7 +252,7 @@ async fn silent_port_is_an_error_after_the_store_timeout() {
     let error = soon("an error", builder.connect())
         .await
         .expect_err("the server does not answer");
-    assert!(started.elapsed() >= limit && started.elapsed() < limit + Duration::from_secs(1));
+    assert!(started.elapsed() >= limit && started.elapsed() < limit + Duration::from_secs(3));
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
         "{error}"

@@ -7,32 +7,42 @@ use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use shardlock::error::LockErrorKind;
-use shardlock::{LockGuard, LockManager, LossReason};
-use support::RedisServer;
+use shardlock::{LockError, LockGuard, LockManager, LossReason};
 use support::proxy::Proxy;
-use support::sentinel::{NAME, Watched};
-use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
+use support::sentinel::{DOWN_AFTER, NAME, Watched};
+use support::{PATIENCE, RedisServer};
+use support_locks::{STORE_TIMEOUT, hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
 
 /// Long enough that no test waits for its end by mistake.
 const LONG_TTL: Duration = Duration::from_secs(60);
+
+/// Servers whose primary is not replaced because a busy machine makes it late. Tests that want a
+/// failover set the time to [`DOWN_AFTER`].
+pub(crate) fn start(replicas: usize) -> Watched {
+    let watched = Watched::start(replicas);
+    watched.consider_down_after(PATIENCE);
+    watched
+}
 
 async fn connect(watched: &Watched) -> LockManager {
     support_locks::connect(&watched.url()).await
 }
 
-/// A manager whose requests fail before the sentinels can switch to another primary.
-async fn connect_default(watched: &Watched) -> LockManager {
-    LockManager::connect(&watched.url()).await.expect("connect")
+/// The error of connecting to this URL.
+async fn refused(url: &str) -> LockError {
+    let builder = LockManager::builder().shard(url).store_timeout(STORE_TIMEOUT);
+    builder.connect().await.expect_err(url)
 }
 
-async fn connect_long_ttl(watched: &Watched) -> LockManager {
+/// A manager with long leases and this store timeout.
+async fn connect_long_ttl(watched: &Watched, limit: Duration) -> LockManager {
     let builder = LockManager::builder().shard(watched.url()).ttl(LONG_TTL);
-    builder.connect().await.expect("connect")
+    builder.store_timeout(limit).connect().await.expect("connect")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_and_hand_offs_work_on_the_primary_that_sentinels_name() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     let (one, other) = (connect(&watched).await, connect(&watched).await);
     for _ in 0..20 {
         hand_off(&one, &other, "k").await;
@@ -60,7 +70,7 @@ fn pooled(server: &RedisServer, locks: &LockManager) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inspections_follow_the_primary_and_reuse_no_connection_to_the_old_one() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     let locks = connect(&watched).await;
     for _ in 0..2 {
         locks.inspect("k").await.expect("inspect");
@@ -89,8 +99,9 @@ async fn inspections_follow_the_primary_and_reuse_no_connection_to_the_old_one()
 /// writes that will be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn orderly_failover_is_followed_at_once_and_keeps_holders_and_waiters() {
-    let watched = Watched::start(1);
-    let (one, other) = (connect_long_ttl(&watched).await, connect_long_ttl(&watched).await);
+    let watched = start(1);
+    let connect = || connect_long_ttl(&watched, STORE_TIMEOUT);
+    let (one, other) = (connect().await, connect().await);
     let (held, kept) = (lock(&one, "held").await, lock(&other, "kept").await);
     let waiting = waiting(&other, "held");
     until_queued(&one, "held", 1).await;
@@ -120,16 +131,19 @@ async fn orderly_failover_is_followed_at_once_and_keeps_holders_and_waiters() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_replica() {
-    let watched = Watched::start(2);
-    let (one, other) = (connect_default(&watched).await, connect(&watched).await);
+    let watched = start(2);
+    let one = connect_long_ttl(&watched, Duration::from_secs(3)).await;
+    let other = connect(&watched).await;
     let mut largest = lock_in_time(&one, "k").await;
     let held = lock(&one, "held").await;
     watched.has_replicas(2);
     let old = watched.primary();
     old.kill();
-    let error = one.lock("k").await.expect_err("no replica is promoted yet");
+    let failing = one.lock("k").fail_fast();
+    let error = failing.await.expect_err("no replica is promoted yet");
     assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
     assert!(error.to_string().contains(&old.address()), "{error}");
+    watched.consider_down_after(DOWN_AFTER);
     for locks in [&one, &other] {
         let token = lock_in_time(locks, "k").await;
         assert!(token > largest, "{token} after {largest}");
@@ -145,12 +159,14 @@ async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_r
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hung_primary_is_abandoned_once_the_sentinels_switch() {
-    let watched = Watched::start(1);
-    let (one, other) = (connect_long_ttl(&watched).await, connect_long_ttl(&watched).await);
+    let watched = start(1);
+    let connect = || connect_long_ttl(&watched, STORE_TIMEOUT);
+    let (one, other) = (connect().await, connect().await);
     let held = lock(&one, "held").await;
     let token = held.token();
     watched.has_replicas(1);
     let old = watched.primary();
+    watched.consider_down_after(DOWN_AFTER);
     old.stop();
     let new = watched.switched(old.port());
     let switched = Instant::now();
@@ -189,7 +205,7 @@ async fn hung_primary_is_abandoned_once_the_sentinels_switch() {
 /// The promoted replica has an old counter: a plain INCR would issue the same tokens again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     let (one, other) = (connect(&watched).await, connect(&watched).await);
     let mut largest = lock_in_time(&one, "k").await;
     watched.has_replicas(1);
@@ -207,6 +223,7 @@ async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
         largest = largest.max(lock_in_time(&one, "k").await);
     }
     let lost = lock(&one, "lost").await;
+    watched.consider_down_after(DOWN_AFTER);
     old.kill();
     let new = watched.switched(old.port());
     assert_eq!(new.port(), replica.port());
@@ -234,7 +251,7 @@ async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
 async fn keeper(watched: &Watched) -> (LockManager, u64) {
     const LONG: Duration = Duration::from_secs(3600);
     let builder = LockManager::builder().shard(watched.url()).ttl(LONG).linger(LONG);
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
     let token = lock_in_time(&locks, "k").await;
     assert_eq!(locks.shard_states()[0].lingering, 1);
     (locks, token)
@@ -254,12 +271,13 @@ async fn lock_eventually(locks: &LockManager, key: &str) -> LockGuard {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lingering_lease_lost_in_a_failover_is_not_reused() {
     for hangs in [false, true] {
-        let watched = Watched::start(1);
+        let watched = start(1);
         let other = connect(&watched).await;
         watched.has_replicas(1);
         watched.cut_replication();
         let (keeper, token) = keeper(&watched).await;
         let old = watched.primary();
+        watched.consider_down_after(DOWN_AFTER);
         if hangs {
             old.stop();
         } else {
@@ -282,7 +300,7 @@ async fn lingering_lease_lost_in_a_failover_is_not_reused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lingering_lease_kept_in_a_failover_is_reused() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     let (keeper, mut token) = keeper(&watched).await;
     let lease = keeper
         .inspect("k")
@@ -293,6 +311,7 @@ async fn lingering_lease_kept_in_a_failover_is_reused() {
         .owner;
     watched.has_replicas(1);
     let old = watched.primary();
+    watched.consider_down_after(DOWN_AFTER);
     old.kill();
     watched.switched(old.port());
     for _ in 0..3 {
@@ -307,12 +326,13 @@ async fn lingering_lease_kept_in_a_failover_is_reused() {
 /// The next renewal is minutes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn holder_is_notified_of_a_lock_lost_in_a_failover() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     watched.has_replicas(1);
     watched.cut_replication();
     let (keeper, _) = keeper(&watched).await;
     let held = lock(&keeper, "k").await;
     let old = watched.primary();
+    watched.consider_down_after(DOWN_AFTER);
     old.kill();
     watched.switched(old.port());
     assert_eq!(soon("the loss", held.lost()).await, LossReason::Taken);
@@ -321,15 +341,17 @@ async fn holder_is_notified_of_a_lock_lost_in_a_failover() {
 /// A manual failover that no sentinel reports. A request discovers it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn demoted_primary_is_abandoned_by_commands_and_inbox() {
-    let watched = Watched::start(1);
-    let (one, other) = (connect_default(&watched).await, connect(&watched).await);
+    let watched = start(1);
+    let one = connect_long_ttl(&watched, Duration::from_secs(3)).await;
+    let other = connect(&watched).await;
     hand_off(&one, &other, "k").await;
     let token = lock_in_time(&one, "k").await;
     watched.has_replicas(1);
     let (old, new) = (watched.primary(), watched.replicas()[0]);
     new.command(&["REPLICAOF", "NO", "ONE"]);
     old.command(&["REPLICAOF", "127.0.0.1", &new.port().to_string()]);
-    let error = one.lock("k").await.expect_err("the sentinels still name the old one");
+    let failing = one.lock("k").fail_fast();
+    let error = failing.await.expect_err("the sentinels still name the old one");
     assert!(error.is_retryable(), "{error}");
     assert!(error.to_string().contains("is a replica of"), "{error}");
     let mut inboxes = Vec::new();
@@ -342,6 +364,7 @@ async fn demoted_primary_is_abandoned_by_commands_and_inbox() {
     // No request of the other manager has discovered the failover, so its inbox shows that nothing
     // else has cut the inboxes.
     assert!(is_there(&inboxes, &other), "{inboxes:?}");
+    watched.consider_down_after(DOWN_AFTER);
     assert!(lock_in_time(&one, "k").await > token);
     lock_in_time(&other, "k").await;
     hand_off(&one, &other, "k").await;
@@ -350,11 +373,9 @@ async fn demoted_primary_is_abandoned_by_commands_and_inbox() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_and_sentinels_are_refused_as_primaries() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     let (primary, replica) = (watched.primary(), watched.replicas()[0]);
-    let error = LockManager::connect(&replica.url())
-        .await
-        .expect_err("the server is a replica");
+    let error = refused(&replica.url()).await;
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
         "{error}"
@@ -363,9 +384,7 @@ async fn replicas_and_sentinels_are_refused_as_primaries() {
         assert!(error.to_string().contains(part), "{error}");
     }
     let sentinel = watched.sentinels()[0].address();
-    let error = LockManager::connect(&format!("redis://{sentinel}"))
-        .await
-        .expect_err("the server is a sentinel");
+    let error = refused(&format!("redis://{sentinel}")).await;
     assert!(error.kind() == LockErrorKind::Refused, "{error}");
     assert!(
         error.to_string().contains(&format!("redis+sentinel://{sentinel}/NAME")),
@@ -378,9 +397,7 @@ async fn replicas_and_sentinels_are_refused_as_primaries() {
 async fn name_unknown_to_the_sentinels_is_explained() {
     let watched = Watched::start(0);
     let url = watched.url().replace(NAME, "another");
-    let error = LockManager::connect(&url)
-        .await
-        .expect_err("no sentinel knows the name");
+    let error = refused(&url).await;
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
         "{error}"
@@ -420,7 +437,7 @@ async fn sentinels_and_the_primary_each_get_their_own_password() {
         ),
         (right.replace("2-p", "2-x"), "check the user and the password"),
     ] {
-        let error = LockManager::connect(&wrong).await.expect_err("a wrong password");
+        let error = refused(&wrong).await;
         assert!(
             (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
             "{error}"
@@ -435,13 +452,18 @@ async fn sentinels_and_the_primary_each_get_their_own_password() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sentinels_that_are_down_or_hang_are_passed_over() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     watched.sentinels()[0].stop();
     let started = Instant::now();
-    let locks = connect(&watched).await;
-    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    // A single sentinel may take half of the time.
+    let builder = LockManager::builder()
+        .shard(watched.url())
+        .store_timeout(2 * STORE_TIMEOUT);
+    let locks = builder.connect().await.expect("connect");
+    assert!(started.elapsed() < STORE_TIMEOUT * 3 / 4, "{:?}", started.elapsed());
     let token = lock_in_time(&locks, "k").await;
     watched.sentinels()[0].cont();
+    watched.consider_down_after(DOWN_AFTER);
     watched.sentinels()[0].kill();
     let other = connect(&watched).await;
     watched.has_replicas(1);
@@ -455,7 +477,7 @@ async fn sentinels_that_are_down_or_hang_are_passed_over() {
 /// A device on the path has lost the subscription's state, and neither side is notified.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
-    let watched = Watched::start(1);
+    let watched = start(1);
     let proxy = Proxy::start(watched.sentinels()[0].address());
     // So long that only a message from a sentinel makes requests leave a primary that hangs.
     let patience = Duration::from_secs(15);
@@ -480,6 +502,7 @@ async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
     .await;
     watched.has_replicas(1);
     let old = watched.primary();
+    watched.consider_down_after(DOWN_AFTER);
     old.stop();
     let new = watched.switched(old.port());
     let switched = Instant::now();
@@ -505,8 +528,9 @@ async fn existing_connections_survive_while_all_sentinels_are_down_and_new_ones_
         hand_off(&other, &one, "k").await;
     }
     let started = Instant::now();
-    let error = LockManager::connect(&url).await.expect_err("no sentinel answers");
-    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    let error = refused(&url).await;
+    // Before the store timeout.
+    assert!(started.elapsed() < STORE_TIMEOUT * 3 / 4, "{:?}", started.elapsed());
     assert!(
         (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
         "{error}"

@@ -9,19 +9,14 @@ use support::ClientType;
 use support_locks::{TestStore, lock, on_each_store, soon, until};
 
 /// Retries the lock until the server returns an error, and returns that error. The server's state
-/// changes a moment after the command that causes it.
+/// changes a moment after the command that causes it. The request fails with the first error, since
+/// the state may not last.
 async fn error(locks: &LockManager) -> LockError {
     let mut seen = None;
-    until("the server returns an error", async || match locks.lock("k").await {
-        Ok(guard) => {
-            // Whatever the reply, the release is repeated until it succeeds.
-            drop(guard);
-            false
-        }
-        Err(error) => {
-            seen = Some(error);
-            true
-        }
+    until("the server returns an error", async || {
+        // Whatever the reply, the release of a guard is repeated until it succeeds.
+        seen = locks.lock("k").fail_fast().await.err();
+        seen.is_some()
     })
     .await;
     seen.expect("just seen")
@@ -79,15 +74,12 @@ on_each_store! {
     }
 
     async fn a_server_that_loads_its_data_is_unavailable_until_it_is_done(store: &TestStore) {
-        let server = store.server();
-        // Shorter than the loading.
-        let builder = store.builder().store_timeout(Duration::from_secs(1));
-        let locks = builder.connect().await.expect("connect");
+        let (server, locks) = (store.server(), store.manager().await);
         lock(&locks, "k").await.release().await.expect("release");
-        // For about two seconds the server only replies that it is loading.
+        // For about three seconds the server only replies that it is loading.
         server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);
         server.command(&["CONFIG", "SET", "loading-process-events-interval-bytes", "1024"]);
-        server.command(&["DEBUG", "POPULATE", "2000"]);
+        server.command(&["DEBUG", "POPULATE", "3000"]);
         let error = std::thread::scope(|scope| {
             scope.spawn(|| server.command(&["DEBUG", "RELOAD"]));
             tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(error(&locks)))

@@ -8,7 +8,7 @@ use futures_util::future::try_join_all;
 use shardlock::error::LockErrorKind;
 use shardlock::{LockKey, LockManager, LossReason};
 use support::RedisServer;
-use support_locks::{MARGIN, TestStore, lock, on_each_store, soon, until_queued};
+use support_locks::{STORE_TIMEOUT, TestStore, lock, on_each_store, soon, until_queued};
 
 /// A few keys of each shard.
 fn keys(locks: &LockManager) -> BTreeMap<usize, Vec<String>> {
@@ -63,7 +63,7 @@ on_each_store! {
         silent.stop();
         let stopped = Instant::now();
         assert_eq!(soon("the loss", lost.lost()).await, LossReason::Expired);
-        assert!(stopped.elapsed() <= ttl + MARGIN, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < 2 * ttl, "{:?}", stopped.elapsed());
         let asking = tokio::spawn(locks.lock(&theirs[1]).into_future());
         while stopped.elapsed() < 2 * ttl {
             for guard in &guards {
@@ -93,6 +93,7 @@ async fn shards_that_are_databases_of_one_server_leave_one_anothers_locks_alone(
         databases
             .into_iter()
             .fold(LockManager::builder(), |builder, url| builder.shard(url))
+            .store_timeout(STORE_TIMEOUT)
     };
     let (one, other) = (
         builder().connect().await.expect("connect"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shardlock::{LockGuard, LockManager};
 use support::PATIENCE;
-use support::sentinel::{Watched, in_step};
+use support::sentinel::in_step;
 use support_locks::{hand_off, lock_keys, soon, until};
 use tokio::task::JoinSet;
 
@@ -70,15 +70,17 @@ impl Ledger {
 /// Two orderly failovers, there and back, while nine tasks of three managers contend for one lock.
 async fn failovers_under_load(min_replicas_acked: u32) {
     const TASKS: usize = 9;
-    let watched = Watched::start(1);
+    let watched = super::start(1);
     let ledger = Arc::new(Ledger {
         turns: (0..TASKS).map(|_| AtomicU64::new(0)).collect(),
         ..Ledger::default()
     });
     let mut managers = Vec::new();
     for _ in 0..3 {
-        let builder = LockManager::builder().shard(watched.url()).ttl(Duration::from_secs(2));
-        let builder = builder.min_replicas_acked(min_replicas_acked);
+        let builder = LockManager::builder().shard(watched.url()).ttl(Duration::from_secs(3));
+        let builder = builder
+            .store_timeout(Duration::from_secs(2))
+            .min_replicas_acked(min_replicas_acked);
         managers.push(builder.connect().await.expect("connect"));
     }
     let mut tasks = JoinSet::new();
