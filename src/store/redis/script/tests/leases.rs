@@ -207,6 +207,11 @@ fn try_behind_waiters_takes_the_key_only_if_all_are_dead() {
     assert_eq!(bench.state(), (None, vec![shared, "2.5".to_owned()], 2));
     // Regression: it had no end, and stayed for ever if the request in this mode never came.
     bench.assert_left("queue", 60_000);
+    // One with other members has an end, which may be much later.
+    bench.server.command(&["ZADD", "queue", "3.5", &owner_tag(5, 2)]);
+    bench.server.command(&["PEXPIRE", "queue", "600000"]);
+    assert_eq!(bench.acquire(&me, 300_000, "try"), [3]);
+    bench.assert_left("queue", 600_000);
 }
 
 /// The short release does nothing unless it does everything.
