@@ -132,7 +132,8 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
             keys: 3,
         },
         timeout: Duration::from_secs(1),
-        late_max: Duration::from_millis(50),
+        // A busy machine may keep a test waiting for nearly as long.
+        late_max: Duration::from_secs(1),
         default_ttl: Duration::from_secs(1),
         usage: Arc::new(Usage::new(Box::default())),
         metrics: Arc::new(ManagerMetrics::new(Classes::new("default", 1))),
@@ -148,7 +149,8 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
 
 const OPTIONS: WaiterOptions = WaiterOptions {
     mode: LockMode::Exclusive,
-    ttl: Duration::from_secs(1),
+    // Long enough that the first renewal comes after what a test does with a new lease.
+    ttl: Duration::from_secs(20),
     max_hold: None,
     linger: crate::engine::Linger::NONE,
     min_hold: crate::engine::MinHold::NONE,

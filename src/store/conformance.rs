@@ -78,8 +78,10 @@ impl Pair {
         }
         let client = redis::Client::open(format!("{url}?protocol=resp3")).unwrap();
         let (sender, pushes) = tokio::sync::mpsc::unbounded_channel();
-        // The client's own limit is half a second, which a busy machine exceeds.
-        let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        // The client's own limits are a second and half a second, which a busy machine exceeds.
+        let config = redis::AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(PATIENCE))
+            .set_response_timeout(Some(PATIENCE));
         let connect = async |config| {
             client
                 .get_multiplexed_async_connection_with_config(&config)

@@ -45,8 +45,8 @@ impl<F: FnMut()> Drop for OnDrop<F> {
     }
 }
 
-fn candidates(store: &TestStore, count: usize) -> Vec<Worker> {
-    let ttl = store.short_ttl().as_millis().to_string();
+fn candidates(store: &TestStore, count: usize, ttl: Duration) -> Vec<Worker> {
+    let ttl = ttl.as_millis().to_string();
     (0..count)
         .map(|_| store.worker("candidate", &[("SHARDLOCK_TEST_TTL", &ttl)]))
         .collect()
@@ -178,7 +178,9 @@ on_each_store! {
 
     async fn killed_leader_is_succeeded_within_its_ttl(store: &TestStore) {
         let watcher = store.manager().await;
-        let mut candidates = candidates(store, 3);
+        // Long enough that a leader survives until it is killed.
+        let ttl = Duration::from_secs(2);
+        let mut candidates = candidates(store, 3, ttl);
         until_queued(&watcher, "k", 2).await;
         let (mut last, mut killed) = (0, None::<Instant>);
         while !candidates.is_empty() {
@@ -194,7 +196,7 @@ on_each_store! {
             })
             .await;
             if let Some(took) = killed.map(|killed| killed.elapsed()) {
-                let limit = store.kind().dead_within(store.short_ttl()) + MARGIN;
+                let limit = store.kind().dead_within(ttl) + 3 * MARGIN;
                 assert!(took < limit, "{took:?}");
             }
             let mut leader = candidates.swap_remove(leader.expect("just seen"));
@@ -211,7 +213,7 @@ on_each_store! {
     on(redis);
 
     async fn loss_cancels_the_body_and_campaigns_again(store: &TestStore) {
-        let locks = store.short_lived_manager().await;
+        let locks = store.builder().ttl(Duration::from_secs(3)).connect().await.expect("connect");
         let (seen, leading) = lead(&locks);
         for terms in 1..4 {
             seen.term(terms).await;
@@ -227,7 +229,7 @@ on_each_store! {
     /// After a pause for longer than its lease, the body does not even run up to its next await.
     async fn stopped_leader_does_not_continue_its_body(store: &TestStore) {
         let locks = store.short_lived_manager().await;
-        let mut stopped = candidates(store, 1).remove(0);
+        let mut stopped = candidates(store, 1, store.short_ttl()).remove(0);
         let token: u64 = stopped.line().parse().expect("a token");
         for _ in 0..5 {
             stopped.stop();

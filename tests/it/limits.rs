@@ -3,8 +3,15 @@
 use std::task::Poll;
 use std::time::Duration;
 
+use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockKey, LockManager};
+use support_locks::{STORE_TIMEOUT, connect};
+
+/// Settings for a busy machine.
+fn builder() -> Builder {
+    LockManager::builder().store_timeout(STORE_TIMEOUT)
+}
 
 /// Enqueues requests by polling each of them once.
 async fn enqueued(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Box<shardlock::LockFuture>>> {
@@ -23,7 +30,7 @@ async fn enqueued(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Bo
 
 #[tokio::test]
 async fn the_waiters_of_one_key_are_limited() {
-    let locks = LockManager::builder()
+    let locks = builder()
         .shard("memory://limit-per-key")
         .max_waiters_per_key(2)
         .connect()
@@ -53,7 +60,7 @@ async fn the_waiters_of_one_key_are_limited() {
 /// too many, although a try never waits.
 #[tokio::test]
 async fn try_is_not_limited_by_max_waiters_per_key() {
-    let locks = LockManager::builder()
+    let locks = builder()
         .shard("memory://limit-try")
         .max_waiters_per_key(1)
         .connect()
@@ -70,7 +77,7 @@ async fn try_is_not_limited_by_max_waiters_per_key() {
 
 #[tokio::test]
 async fn all_waiters_together_are_limited() {
-    let locks = LockManager::builder()
+    let locks = builder()
         .shard("memory://limit-in-all")
         .max_waiters(2)
         .connect()
@@ -91,7 +98,7 @@ async fn all_waiters_together_are_limited() {
 
 #[tokio::test]
 async fn the_keys_of_a_process_are_limited() {
-    let locks = LockManager::builder()
+    let locks = builder()
         .shard("memory://limit-keys")
         .max_keys(2)
         .connect()
@@ -113,7 +120,7 @@ async fn the_keys_of_a_process_are_limited() {
 /// many as `max_keys` allows.
 #[tokio::test]
 async fn max_keys_applies_to_all_shards_together() {
-    let locks = LockManager::builder()
+    let locks = builder()
         .shard("memory://limit-keys-a")
         .shard("memory://limit-keys-b")
         .max_keys(2)
@@ -145,7 +152,7 @@ async fn max_keys_applies_to_all_shards_together() {
 
 #[tokio::test]
 async fn request_options_are_checked_against_the_bounds_of_the_configuration() {
-    let locks = LockManager::connect("memory://limit-bounds").await.unwrap();
+    let locks = connect("memory://limit-bounds").await;
     let refused = |error: LockError| {
         assert!(error.kind() == LockErrorKind::Invalid, "{error:?}");
         error.to_string()

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use shardlock::{LockManager, LossReason};
 use support::worker;
-use support_locks::{Kind, TestStore, builder_of, lock, on_each_store, until, until_queued, waiting};
+use support_locks::{Kind, TestStore, builder_of, connect, lock, on_each_store, until, until_queued, waiting};
 
 /// Longer than the part of a test in which the key must be locked.
 const LONG: Duration = Duration::from_secs(600);
@@ -154,7 +154,7 @@ on_each_store! {
 
 #[tokio::test]
 async fn time_outside_its_bounds_is_refused() {
-    let locks = LockManager::connect("memory://").await.unwrap();
+    let locks = connect("memory://").await;
     let day = Duration::from_secs(24 * 3600);
     let error = locks
         .lock("k")

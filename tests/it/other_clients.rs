@@ -191,7 +191,11 @@ async fn a_server_with_another_version_is_refused() {
     assert!(ours.starts_with("v2 "), "{ours}");
     let theirs = ours.replacen("v2 ", "v3 ", 1);
     server.command(&["SET", "lock:%map", &theirs]);
-    let error = patient().shard(server.url()).connect().await.expect_err("another version");
+    let error = patient()
+        .shard(server.url())
+        .connect()
+        .await
+        .expect_err("another version");
     assert_differs(&error, &ours, &theirs);
     assert_eq!(map_key(&server), theirs);
     // Another namespace on the same server is unaffected.
@@ -247,11 +251,7 @@ async fn memory_with_another_shard_map_is_refused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shards_with_other_names_and_the_same_slots_are_accepted() {
     let (first, second) = (RedisServer::start(), RedisServer::start());
-    let named = |one: &str, other: &str| {
-        patient()
-            .named_shard(one, first.url())
-            .named_shard(other, second.url())
-    };
+    let named = |one: &str, other: &str| patient().named_shard(one, first.url()).named_shard(other, second.url());
     let locks = named("a", "b").connect().await.expect("connect");
     lock_once(&locks).await;
     let maps = [map_key(&first), map_key(&second)];

@@ -2,6 +2,7 @@
 
 use shardlock::config::{Builder, Config};
 use shardlock::{LockError, LockFuture, LockGuard, LockManager, LockRequest, TryLockFuture, TryLockRequest};
+use support_locks::{STORE_TIMEOUT, connect};
 
 fn send<T: Send>(value: T) -> T {
     value
@@ -24,7 +25,9 @@ fn everything_public_can_be_sent_and_shared() {
 
 #[tokio::test]
 async fn all_futures_can_be_sent() {
-    let locks = send(LockManager::connect("memory://send-sync")).await.unwrap();
+    drop(send(LockManager::connect("memory://send-sync")));
+    let builder = Builder::default().shard("memory://send-sync");
+    let locks = send(builder.store_timeout(STORE_TIMEOUT).connect()).await.unwrap();
     let guard = send(locks.lock("k").into_future()).await.unwrap();
     drop(send(guard.lost()));
     send(guard.release()).await.unwrap();
@@ -66,7 +69,7 @@ async fn named_body(guard: &LockGuard) -> u64 {
 /// capture and keep it and the guard across an await.
 #[tokio::test]
 async fn bodies_under_a_lock_can_be_spawned() {
-    let locks = LockManager::connect("memory://").await.unwrap();
+    let locks = connect("memory://").await;
     let other = locks.clone();
     let named = tokio::spawn(async move { other.with_lock("k", named_body).await });
     assert!(named.await.unwrap().unwrap() > 0);

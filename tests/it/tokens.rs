@@ -32,7 +32,7 @@ on_each_store! {
 
     async fn tokens_grow_across_processes_flushes_crashes_and_the_ends_of_leases(store: &TestStore) {
         let mut largest = Largest::default();
-        let mut lockers = store.lockers(3, store.short_ttl());
+        let mut lockers = store.lockers(3, Duration::from_secs(2));
         for _ in 0..3 {
             for locker in &mut lockers {
                 for _ in 0..3 {
@@ -92,7 +92,7 @@ on_each_store! {
 
     async fn counter_that_went_back_is_raised_and_no_token_repeats(store: &TestStore) {
         let mut largest = Largest::default();
-        let mut lockers = store.lockers(2, store.short_ttl());
+        let mut lockers = store.lockers(2, Duration::from_secs(2));
         largest.grows_by(&mut lockers[0]);
         let old = largest.0;
         for _ in 0..5 {
@@ -132,7 +132,7 @@ on_each_store! {
     }
 
     async fn tokens_grow_across_tries_losses_and_drops(store: &TestStore) {
-        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let (one, other) = (store.manager().await, store.manager().await);
         let mut largest = Largest::default();
         for _ in 0..3 {
             let guard = one.try_lock("k").await.expect("try").expect("the key is free");
@@ -217,7 +217,7 @@ async fn a_paused_writer(store: &TestStore, check: &str) -> (String, u64) {
     assert_eq!(late.line(), "read");
     late.stop();
     for _ in 0..2 {
-        let locks = store.short_lived_manager().await;
+        let locks = store.manager().await;
         let mut resource = Resource::open(&url, check).await;
         let guard = lock(&locks, "k").await;
         let value = resource.read().await;

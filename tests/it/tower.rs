@@ -105,7 +105,8 @@ on_each_store! {
     on(redis);
 
     async fn service_is_dropped_when_its_lease_is_deleted(store: &TestStore) {
-        let (here, there) = (store.short_lived_manager().await, store.manager().await);
+        let here = store.builder().ttl(Duration::from_secs(3)).connect().await.expect("connect");
+        let there = store.manager().await;
         let (service, mut calls) = stuck(here);
         let serving = tokio::spawn(service.oneshot(request("/k")));
         let token = soon("the call", calls.recv()).await.expect("a call");
@@ -126,7 +127,7 @@ on_each_store! {
 
     async fn unavailable_shard_is_an_error_and_the_service_is_not_called(store: &TestStore) {
         let locks = store.manager().await;
-        let limit = Duration::from_secs(1);
+        let limit = Duration::from_secs(3);
         let requests = locks.clone();
         let layer = LockLayer::new(move |request: &Request<()>| {
             Some(requests.lock(request.uri().path()).timeout(limit))

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use shardlock::{LockManager, LockRequest};
 use support::RedisServer;
-use support_locks::{Locker, SHORT_TTL, TestStore, lock, on_each_store, soon, until_queued};
+use support_locks::{Locker, TestStore, lock, on_each_store, soon, until_queued};
 use tokio::task::JoinSet;
 
 /// Long enough that no renewals and no expiries are counted.
@@ -40,21 +40,24 @@ async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: 
         until_queued(&watcher, "k", processes as u64 - 1).await;
         next
     };
-    let mut holder = 0;
+    let (mut holder, started) = (0, Instant::now());
     // Skip the first round: scripts may have to be loaded, and the first holder expected no
     // contender.
     for _ in 0..processes {
         holder = hand_off(&mut lockers, holder).await;
     }
     server.reset_stats();
-    let hand_offs = 64;
+    let hand_offs: u64 = 64;
     for _ in 0..hand_offs {
         holder = hand_off(&mut lockers, holder).await;
     }
-    assert_eq!(
-        (server.script_calls(), server.publishes()),
-        (2 * hand_offs, hand_offs),
-        "{:?}",
+    // A process that has waited for ten seconds, as on a very busy machine, asks again and notifies
+    // the holder.
+    let again = started.elapsed().as_secs() / 10 * processes as u64;
+    let (calls, messages) = (server.script_calls(), server.publishes());
+    assert!(
+        (2 * hand_offs..=2 * hand_offs + again).contains(&calls) && (hand_offs..=hand_offs + again).contains(&messages),
+        "{calls} calls, {messages} messages: {:?}",
         server.commands()
     );
 }
@@ -131,7 +134,7 @@ on_each_store! {
         // Each manager checks its shard every three seconds and its inbox every two, regardless of
         // the number of its waiters. Each check may fall into this period once or, on a busy
         // machine, twice. On a busy machine an inbox may also reply so late that it is
-        // resubscribed.
+        // resubscribed, or be looked for only now.
         let looks = 2 * 9;
         for (command, in_one_look) in [
             ("time", 1),
@@ -142,6 +145,7 @@ on_each_store! {
             ("zrange", 1),
             ("ping", 2),
             ("subscribe", 1),
+            ("pubsub|numsub", 1),
         ] {
             if let Some(count) = sent.remove(command) {
                 assert!(count <= looks * in_one_look, "{count} times {command}");
@@ -156,19 +160,20 @@ on_each_store! {
 
     async fn waiter_checks_once_per_ttl_of_the_holder(store: &TestStore) {
         let server = store.server();
-        let ttl = SHORT_TTL;
+        // Long enough for a busy machine to renew the lease.
+        let ttl = Duration::from_secs(3);
         let holder = connect(store, ttl).await;
         let guard = lock(&holder, "k").await;
         let mut waiting = wait(store, &holder, ttl).await;
         server.reset_stats();
         let reset = Instant::now();
-        tokio::time::sleep(4 * ttl).await;
+        tokio::time::sleep(2 * ttl).await;
         let (calls, publishes) = (server.script_calls(), server.publishes());
         // A busy machine sleeps for longer.
         let ttls = reset.elapsed().div_duration_f64(ttl);
         // The holder renews ten times per TTL. A waiting manager retries when the TTL that its last
         // request saw has passed, a tenth of which may already have been used by then. That makes
-        // five retries per manager in four TTLs, plus one for the edges, regardless of the number
+        // three retries per manager in two TTLs, plus one for the edges, regardless of the number
         // of its waiting tasks.
         let retries = 8.0 * (ttls + 2.0);
         assert!(calls as f64 <= ttls * 10.0 + 2.0 + retries, "{:?}", server.commands());
@@ -222,18 +227,17 @@ on_each_store! {
             lock(&locks, "k").await.release().await.expect("release");
         }
         server.reset_stats();
-        for _ in 0..50 {
+        let locked = 50;
+        for _ in 0..locked {
             lock(&locks, "k").await.release().await.expect("release");
         }
-        let expected = [
-            ("del", 50),
-            ("evalsha", 50),
-            ("exists", 50),
-            ("get", 50),
-            ("incrby", 50),
-            ("set", 50),
-        ];
-        let expected: BTreeMap<_, _> = expected.map(|(name, calls)| (name.to_owned(), calls)).into();
-        assert_eq!(commands(server), expected);
+        // Per lock, rounded: on a busy machine, a few checks of the shard and the inbox fall into
+        // this period.
+        let per_lock = |(name, calls): (String, u64)| (name, (calls + locked / 2) / locked);
+        let mut sent: BTreeMap<_, _> = commands(server).into_iter().map(per_lock).collect();
+        sent.retain(|_, &mut calls| calls > 0);
+        let expected = ["del", "evalsha", "exists", "get", "incrby", "set"];
+        let expected: BTreeMap<_, _> = expected.map(|name| (name.to_owned(), 1)).into();
+        assert_eq!(sent, expected);
     }
 }

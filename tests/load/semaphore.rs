@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use support::worker;
+use support::{PATIENCE, worker};
 use support_locks::{TestStore, builder_of, on_each_store, until};
 
 use super::ALONE;
@@ -52,15 +52,20 @@ on_each_store! {
         };
         until("all of them contend", async || counts().iter().all(|&had| had > 20)).await;
         let (before, began) = (counts(), Instant::now());
-        // The time over which shares are measured.
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        let (after, took) = (counts(), began.elapsed());
-        let shares: Vec<u64> = after.iter().zip(&before).map(|(after, before)| after - before).collect();
+        let (mut shares, mut took) = (Vec::<u64>::new(), Duration::ZERO);
+        let are_fair = |shares: &[u64]| shares.iter().max().expect("some") * 2 < shares.iter().min().expect("some") * 3;
+        // On a busy machine a process without processor time misses turns, which matters less the
+        // longer the shares are measured.
+        while shares.is_empty() || !are_fair(&shares) && took < PATIENCE {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            let after = counts();
+            took = began.elapsed();
+            shares = after.iter().zip(&before).map(|(after, before)| after - before).collect();
+        }
         let ideal = f64::from(PERMITS) * took.as_secs_f64() / HOLD.as_secs_f64();
         let part = shares.iter().sum::<u64>() as f64 / ideal;
         let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
         println!("{part:.3} of the ideal, shares {shares:?}, most/least {:.3}", *most as f64 / *least as f64);
-        // On a busy machine a process without processor time misses turns.
-        assert!(part > 0.4 && *most < *least * 3 / 2, "{part:.3} {shares:?}");
+        assert!(part > 0.4 && are_fair(&shares), "{part:.3} {shares:?}");
     }
 }

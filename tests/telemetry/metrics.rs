@@ -10,7 +10,7 @@ use shardlock::LockManager;
 use shardlock::config::Builder;
 use shardlock::metrics::{METRICS, MetricKind};
 use support::{ClientType, PATIENCE, RedisServer, eventually, wait_until, worker};
-use support_locks::{SHORT_TTL, lock, soon, until_queued};
+use support_locks::{STORE_TIMEOUT, lock, soon, until_queued};
 use tokio::task::JoinSet;
 
 /// The recorder of this process. Tests distinguish their series by the name of their shard.
@@ -30,7 +30,8 @@ fn recorder() -> &'static PrometheusHandle {
 /// A builder for a manager whose series have this shard and class.
 fn builder(name: &str, url: &str) -> Builder {
     recorder();
-    LockManager::builder().named_shard(name, url).class(name)
+    let builder = LockManager::builder().store_timeout(STORE_TIMEOUT);
+    builder.named_shard(name, url).class(name)
 }
 
 /// The series with this name and all these labels.
@@ -195,7 +196,9 @@ async fn counts_are_exact_under_load_and_histograms_have_their_values() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_kind_of_loss_is_counted_under_its_reason() {
     let server = RedisServer::start();
-    let locks = builder("lost", &server.url()).ttl(SHORT_TTL).connect().await.unwrap();
+    // Long enough that no lease expires by itself on a busy machine.
+    let ttl = Duration::from_secs(3);
+    let locks = builder("lost", &server.url()).ttl(ttl).connect().await.unwrap();
     let lost = async |reason: &str| {
         becomes(
             "shardlock_lost_total",

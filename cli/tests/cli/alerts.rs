@@ -70,7 +70,9 @@ fn agent_on_a_server_that_is_out_of_memory_is_not_ready_and_alerts() {
             count(&prometheus, "shardlock_acquisitions_total{outcome=\"acquired\"} > 0") > 0
         });
         assert!(is_ready());
-        assert_eq!(count(&prometheus, "ALERTS{severity=\"critical\"}"), 0);
+        // A scrape that a busy machine misses makes that of a target that is down pending.
+        let critical = "ALERTS{severity=\"critical\", alertname!=\"LockTargetDown\"}";
+        assert_eq!(count(&prometheus, critical), 0);
         if fires {
             // Some healthy traffic, so that the share of failures has to grow.
             std::thread::sleep(FIRES_WITHIN);

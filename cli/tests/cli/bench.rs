@@ -77,30 +77,32 @@ fn number(figures: &Value, pointer: &str) -> f64 {
 
 #[test]
 fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
-    let figures = figures(&["--processes", "2", "--tasks", "1", "--hold", "50ms", "--duration", "4s"]);
+    let figures = figures(&["--processes", "2", "--tasks", "1", "--hold", "50ms", "--duration", "6s"]);
     let locks = number(&figures, "/locks");
-    // The window's first lock may have been handed off before it. If the machine stalls for longer
-    // than a hold, the queue may run empty.
-    assert!(number(&figures, "/handoffs/remote") > 0.9 * locks, "{figures}");
-    // The servers' statistics are read just before the window opens and just after it closes.
-    let scripts = number(&figures, "/server/scripts_per_lock");
-    assert!((1.8..2.3).contains(&scripts), "{figures}");
-    let publishes = number(&figures, "/server/publishes_per_lock");
-    assert!((0.8..1.2).contains(&publishes), "{figures}");
+    // While the machine stalls one process, the other finds the queue empty.
+    let [remote, uncontended] = ["remote", "uncontended"].map(|path| number(&figures, &format!("/handoffs/{path}")));
+    assert!(remote > 0.5 * locks, "{figures}");
+    // A free key costs one script or two. The servers' statistics are read just before the window
+    // opens and just before it closes, and the machine may stall a process in between for a second.
+    let scripts = number(&figures, "/server/scripts_per_lock") * locks;
+    let least = 2.0 * remote + uncontended;
+    assert!((0.75 * least..1.35 * 2.0 * locks).contains(&scripts), "{figures}");
+    let publishes = number(&figures, "/server/publishes_per_lock") * locks;
+    assert!((0.75 * remote..1.35 * locks).contains(&publishes), "{figures}");
     assert!(number(&figures, "/server/cpu_us_per_lock") > 0.0, "{figures}");
     let bounds = ["min", "max"].map(|bound| number(&figures, &format!("/per_process/{bound}")));
     assert_eq!(bounds[0] + bounds[1], locks, "{figures}");
-    // They take turns. While the machine stalls one of them, the other finds the queue empty.
-    let uncontended = number(&figures, "/handoffs/uncontended");
-    assert!(bounds[1] < 1.2 * bounds[0] + uncontended, "{figures}");
+    // They take turns. One of them may open its window a second later than the other.
+    assert!(bounds[1] < 1.5 * bounds[0] + uncontended, "{figures}");
     assert!(number(&figures, "/hold_ms/mean") >= 50.0, "{figures}");
-    // While one process holds the lock, the other waits.
-    assert!(number(&figures, "/wait_ms/p50") >= 50.0, "{figures}");
+    // While one process holds the lock, the other waits, unless it is late itself.
+    assert!(number(&figures, "/wait_ms/p99") >= 50.0, "{figures}");
 }
 
 #[test]
 fn tasks_of_a_process_hand_off_without_the_server() {
-    let figures = figures(&["--processes", "2", "--tasks", "32", "--duration", "1s"]);
+    // Each task has its turn even if a process is not scheduled for a second.
+    let figures = figures(&["--processes", "2", "--tasks", "32", "--duration", "2500ms"]);
     let locks = number(&figures, "/locks");
     assert!(number(&figures, "/handoffs/local") > 0.9 * locks, "{figures}");
     assert!(number(&figures, "/server/scripts_per_lock") < 0.2, "{figures}");
@@ -121,7 +123,7 @@ fn figures_with_writers(args: &[&str]) -> Value {
 
 #[test]
 fn readers_share_the_key_and_waits_of_writers_are_reported_separately() {
-    let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "2s"];
+    let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "3s"];
     let figures = figures_with_writers(&[&load[..], &["--shared", "0.8"]].concat());
     let (locks, seconds) = (number(&figures, "/locks"), number(&figures, "/seconds"));
     let paths = ["local", "remote", "uncontended"].map(|path| number(&figures, &format!("/handoffs/{path}")));
@@ -138,12 +140,14 @@ fn readers_share_the_key_and_waits_of_writers_are_reported_separately() {
 
 #[test]
 fn permits_are_used_up_to_their_limit() {
-    let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "2s"];
+    let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "4s"];
     let figures = figures(&[&load[..], &["--permits", "3"]].concat());
     let rate = number(&figures, "/locks_per_s");
     let in_use = rate * number(&figures, "/hold_ms/mean") / 1e3;
-    // A lock counts when it is acquired, so a few more holds than fit into the window may count.
-    assert!((1.0..3.2).contains(&in_use), "{figures}");
+    // A lock counts when it is acquired, so a few more holds than fit into the window may count. If
+    // a process opens or closes its window a second late, the other uses all permits meanwhile, and
+    // the rate is that of the mean window.
+    assert!((1.0..4.0).contains(&in_use), "{figures}");
     assert!(number(&figures, "/per_process/min") > 0.0, "{figures}");
 }
 
@@ -164,14 +168,19 @@ fn shared_and_permits_exclude_each_other_and_have_bounds() {
 #[test]
 fn workers_of_an_agent_hand_off_without_the_server() {
     let server = RedisServer::start();
-    let args = ["--agent", "--processes", "4", "--tasks", "2", "--duration", "1s"];
+    // Each process has its locks even if it is not scheduled for a second.
+    let args = ["--agent", "--processes", "4", "--tasks", "2", "--duration", "1500ms"];
     for shard in [&["--shard", "memory://"][..], &["--shard", &server.url()], &[]] {
         let ended = run(bare(&[&["bench", "--json"], &args[..], shard].concat()));
         assert_eq!((ended.code, &*ended.stderr), (0, ""), "{ended:?}");
         assert_eq!(shape(ended.stdout.trim_end()), LINE);
         let figures: Value = serde_json::from_str(&ended.stdout).unwrap();
-        let [locks, local] = ["/locks", "/handoffs/local"].map(|figure| number(&figures, figure));
-        assert!(local > 0.9 * locks, "{figures}");
+        let [local, remote, uncontended] =
+            ["local", "remote", "uncontended"].map(|path| number(&figures, &format!("/handoffs/{path}")));
+        let counted = local + remote + uncontended;
+        assert!(local > 0.9 * counted, "{figures}");
+        // The workers may learn a second late that the window has closed.
+        assert!(counted > 0.5 * number(&figures, "/locks"), "{figures}");
         for fewest in ["/per_process/min", "/per_task/min"] {
             assert!(number(&figures, fewest) > 0.0, "{figures}");
         }
@@ -209,7 +218,7 @@ fn an_agent_that_can_not_start_ends_the_bench() {
 #[test]
 fn lingering_leases_cost_the_server_almost_nothing() {
     let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
-    let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "1s"]].concat());
+    let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "2s"]].concat());
     // Each lock comes from the process's own lingering lease, which counts as a local hand-off. The
     // exception is the first lock of each key, if it is late enough to be counted.
     let [local, locks] = ["/handoffs/local", "/locks"].map(|figure| number(&figures, figure));
@@ -219,15 +228,17 @@ fn lingering_leases_cost_the_server_almost_nothing() {
 
 #[test]
 fn each_task_has_its_own_key_with_as_many_keys_as_tasks() {
-    let figures = figures(&["--processes", "2", "--tasks", "4", "--keys", "8", "--duration", "1s"]);
+    let figures = figures(&["--processes", "2", "--tasks", "4", "--keys", "8", "--duration", "3s"]);
     assert_eq!(
         number(&figures, "/handoffs/uncontended"),
         number(&figures, "/locks"),
         "{figures}"
     );
-    // A free key is taken with plain commands and released with a script.
+    // A free key is taken with plain commands and released with a script. The server's statistics
+    // are read just before the window opens and just before it closes, and the machine may stall a
+    // process in between for a second.
     let scripts = number(&figures, "/server/scripts_per_lock");
-    assert!((0.8..1.2).contains(&scripts), "{figures}");
+    assert!((0.6..1.7).contains(&scripts), "{figures}");
     assert!(number(&figures, "/server/publishes_per_lock") < 0.01, "{figures}");
 }
 
@@ -242,7 +253,7 @@ fn skewed_keys_are_contended_more_than_even_ones() {
             "--keys",
             "10000",
             "--duration",
-            "1s",
+            "2s",
             "--shard",
             "memory://",
         ];
@@ -398,9 +409,10 @@ fn interrupt_ends_the_bench_early_with_what_was_measured() {
         .stdout(File::create(&stdout).unwrap())
         .stderr(terminal.open());
     let mut bench = Process::spawn(command).unwrap();
-    // The progress bar is shown while the window is open, and advances.
-    let measures = || (500..600).any(|left| terminal.shows(&format!("{left} s left")));
-    wait_until("the bench has measured for a second", PATIENCE, measures);
+    // The progress bar is shown while the window is open, and advances. In two seconds, a lock is
+    // acquired even if a process is not scheduled for a second.
+    let measures = || (500..599).any(|left| terminal.shows(&format!("{left} s left")));
+    wait_until("the bench has measured for two seconds", PATIENCE, measures);
     bench.signal(Signal::INT);
     let status = bench.wait(PATIENCE);
     assert_eq!(status.code(), Some(130));
@@ -424,9 +436,9 @@ fn killed_server_fails_locks_and_sets_the_exit_code() {
         "--keys",
         "4",
         "--duration",
-        "3s",
+        "4s",
     ]);
-    command.args(["--shard", &server.url(), "--set", "store_timeout=1s"]);
+    command.args(["--shard", &server.url(), "--set", "store_timeout=1500ms"]);
     let mut bench = Run::start(command);
     wait_until("locks are acquired", PATIENCE, || server.script_calls() > 0);
     server.kill();
@@ -439,11 +451,12 @@ fn killed_server_fails_locks_and_sets_the_exit_code() {
 /// Without this, the longest waits would be missing: those during which a server did not answer.
 #[test]
 fn wait_is_measured_across_failed_requests() {
-    const STANDSTILL: Duration = Duration::from_secs(3);
+    const STANDSTILL: Duration = Duration::from_secs(5);
     let server = RedisServer::start();
     let before = server.calls("info");
     let mut command = bare(&["bench", "--json", "--processes", "1", "--tasks", "2", "--keys", "2"]);
-    command.args(["--duration", "6s", "--set", "store_timeout=500ms"]);
+    // The time limit also applies to connecting, for which a busy machine needs a second.
+    command.args(["--duration", "7s", "--set", "store_timeout=1500ms"]);
     command.args(["--shard", &server.url()]);
     let mut bench = Run::start(command);
     // The bench reads the server's statistics when the window opens. The test detects this by
@@ -459,9 +472,9 @@ fn wait_is_measured_across_failed_requests() {
     let ended = bench.end();
     assert_eq!(ended.code, 1, "locks failed: {ended:?}");
     let figures = consistent(ended.stdout.trim_end());
-    // A task that was releasing its lock learns only after half a second that the server does not
-    // answer.
-    let longest = STANDSTILL - Duration::from_secs(1);
+    // A task that was releasing its lock learns only after the time limit that the server does not
+    // answer. A single request would wait for no longer than that.
+    let longest = STANDSTILL - Duration::from_millis(2_500);
     assert!(
         number(&figures, "/wait_ms/max") >= longest.as_millis() as f64,
         "{figures}"

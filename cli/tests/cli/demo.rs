@@ -139,7 +139,8 @@ fn read_on_a_thread(mut from: impl Read + Send + 'static) -> JoinHandle<String> 
 
 #[test]
 fn coupons_are_claimed_too_often_without_the_lock_and_never_with_it() {
-    let demo = Demo::start(&["--seconds", "1"]);
+    // Both processes run at the same time for a while, even if one starts a second late.
+    let demo = Demo::start(&["--seconds", "3"]);
     let descendants = demo.descendants();
     assert_eq!(descendants.len(), CHILDREN, "{descendants:?}");
     let ended = demo.end_without_a_trace(&descendants);
@@ -174,7 +175,8 @@ fn given_servers_keep_their_own_keys_and_none_of_the_demo() {
         server.command(&["SET", "demo:mine", "stays"]);
     }
     let urls = servers.each_ref().map(RedisServer::url);
-    let demo = Demo::start(&["--seconds", "0.5", "--shard", &urls[0], "--shard", &urls[1]]);
+    // It still runs when the test looks at its processes.
+    let demo = Demo::start(&["--seconds", "2", "--shard", &urls[0], "--shard", &urls[1]]);
     let descendants = demo.descendants();
     assert_eq!(descendants.len(), 2, "{descendants:?}");
     demo.end_without_a_trace(&descendants).figures();

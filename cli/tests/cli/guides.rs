@@ -32,11 +32,12 @@ fn commands_of_getting_started_print_what_it_shows() {
     let sessions = sessions();
     assert!(sessions.len() >= 4, "{sessions:?}");
     for (command, output) in sessions {
-        let mut shell = bare(&[]);
-        let variables: Vec<_> = shell.get_envs().map(|(name, _)| name.to_owned()).collect();
-        shell = std::process::Command::new("sh");
-        for name in variables {
-            shell.env_remove(name);
+        let mut shell = std::process::Command::new("sh");
+        for (name, value) in bare(&[]).get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
         }
         shell
             .args(["-c", command])

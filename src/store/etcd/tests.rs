@@ -5,7 +5,7 @@ mod deposed;
 mod modes;
 
 use futures_util::FutureExt;
-use support::etcd::{Etcd, LEASE_MIN};
+use support::etcd::Etcd;
 use support::proxy::Proxy;
 use tokio::sync::mpsc;
 
@@ -302,7 +302,7 @@ async fn waiting_cycle_whose_lease_ended_is_notified_to_retry() {
     let (theirs, mut pushes) = bench.store(2);
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     bench.join(&ours, 3).await;
-    let request = bench.acquire(3, AcquireKind::Enqueue, LEASE_MIN);
+    let request = bench.acquire(3, AcquireKind::Enqueue, TTL);
     theirs.acquire(request.clone()).await.unwrap();
     let all = etcd_client::GetOptions::new().with_prefix();
     let found = bench
@@ -417,7 +417,7 @@ async fn withdrawal_without_a_reply_revokes_nothing() {
 async fn request_that_waits_for_its_turn_abandons_no_connection() {
     let bench = Bench::new().await;
     let proxy = Proxy::start(bench.etcd.place(0));
-    let (store, _pushes) = Bench::store_at(proxy.address(), 1, Duration::from_secs(2));
+    let (store, _pushes) = Bench::store_at(proxy.address(), 1, Duration::from_secs(3));
     bench.join(&store, 2).await;
     let link = store.link(Priority::Foreground, bench.key.slot());
     let all = link

@@ -22,9 +22,8 @@ async fn another_shard_map_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_hosts_and_logins_are_explained() {
-    let error = LockManager::connect("etcd://127.0.0.1:1,127.0.0.1:2")
-        .await
-        .unwrap_err();
+    let connect = |url: String| LockManager::builder().shard(url).store_timeout(STORE_TIMEOUT).connect();
+    let error = connect("etcd://127.0.0.1:1,127.0.0.1:2".to_owned()).await.unwrap_err();
     let message = error.to_string();
     assert!(error.kind() == LockErrorKind::Unavailable, "{message}");
     for part in ["127.0.0.1:1: ", "127.0.0.1:2: ", "refused"] {
@@ -32,7 +31,7 @@ async fn wrong_hosts_and_logins_are_explained() {
     }
 
     let etcd = Etcd::start().await;
-    let login = |user: &str| LockManager::connect(&format!("etcd://{user}@{}", etcd.hosts()).leak()[..]);
+    let login = |user: &str| connect(format!("etcd://{user}@{}", etcd.hosts()));
     let refusal = async |user: &str| {
         let error = login(user).await.unwrap_err();
         assert!(error.kind() == LockErrorKind::Refused, "{error:?}");
@@ -73,7 +72,7 @@ async fn wrong_hosts_and_logins_are_explained() {
             "{message}"
         );
     }
-    let error = LockManager::connect(&etcd.url()).await.unwrap_err();
+    let error = connect(etcd.url()).await.unwrap_err();
     assert!(error.to_string().contains("name a user and its password"), "{error}");
 
     let locks = login("locker:s3cret").await.unwrap();

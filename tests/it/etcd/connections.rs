@@ -5,8 +5,8 @@ use support::proxy::Proxy;
 
 use super::*;
 
-/// TTL of the leases, long enough that one renewal may fail.
-const TTL: Duration = Duration::from_secs(4);
+/// TTL of the leases, long enough that one renewal may fail, on a busy machine as well.
+const TTL: Duration = Duration::from_secs(6);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lock_outlives_connections_that_fall_silent() {
@@ -20,7 +20,8 @@ async fn lock_outlives_connections_that_fall_silent() {
     for round in 0..2 {
         let guard = lock(&behind, "held").await;
         proxy.silence();
-        let lost = tokio::time::timeout(2 * TTL, guard.lost()).await;
+        // Without a renewal on a new connection, the lease would end before that.
+        let lost = tokio::time::timeout(TTL, guard.lost()).await;
         assert!(lost.is_err() && guard.is_valid(), "round {round}: {lost:?}");
         guard.release().await.unwrap();
     }
@@ -31,10 +32,11 @@ async fn lock_outlives_connections_that_fall_silent() {
 async fn waiter_keeps_its_place_and_gets_its_turn_when_connections_fall_silent() {
     let etcd = Etcd::start().await;
     let proxy = Proxy::start(etcd.place(0));
+    // A silent connection is left after a part of this time.
     let behind = LockManager::builder()
         .shard(format!("etcd://{}", proxy.address()))
         .ttl(TTL)
-        .store_timeout(STORE_TIMEOUT);
+        .store_timeout(STORE_TIMEOUT * 2 / 3);
     let behind = behind.connect().await.unwrap();
     let (direct, last) = (manager(&etcd).await, manager(&etcd).await);
     let guard = lock(&direct, "k").await;
@@ -48,7 +50,8 @@ async fn waiter_keeps_its_place_and_gets_its_turn_when_connections_fall_silent()
     until_queued(&direct, "k", 2).await;
     let order = direct.inspect("k").await.unwrap().queue;
     proxy.silence();
-    tokio::time::sleep(2 * TTL).await;
+    // Etcd ends a lease up to a second and a half late.
+    tokio::time::sleep(TTL + Duration::from_secs(2)).await;
     assert_eq!(
         direct.inspect("k").await.unwrap().queue,
         order,

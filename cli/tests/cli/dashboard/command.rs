@@ -38,6 +38,8 @@ fn start() -> (Running, u16) {
         .env("SHARDLOCK_REDIS_SERVER", &server::binary().path)
         .env("SHARDLOCK_PROMETHEUS", prometheus::binary())
         .env("SCRAPE_INTERVAL", prometheus::Prometheus::SCRAPE_INTERVAL)
+        // On a busy machine, the default of a second may pass before a server gets to run.
+        .env("SHARDLOCK_STORE_TIMEOUT", "4s")
         .env("TMPDIR", temp.path())
         .stdin(Stdio::null())
         .stdout(Stdio::piped());

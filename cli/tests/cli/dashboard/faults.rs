@@ -93,6 +93,7 @@ pub(crate) const FAULTS: &[Fault] = &[
         inject: |environment| {
             environment.second.client_kill(ClientType::PubSub);
         },
+        again_after: Some(Duration::from_secs(8)),
         ..PLAIN
     },
     Fault {
@@ -133,7 +134,8 @@ pub(crate) const FAULTS: &[Fault] = &[
                 is_bad: |seconds| seconds > 0.5,
             },
         ],
-        inject: |environment| other_clock::set(environment.first.dir(), 1),
+        // More than what a late answer to a probe leaves open, and less than a TTL.
+        inject: |environment| other_clock::set(environment.first.dir(), 2),
         is_unmistakable: true,
         ..PLAIN
     },

@@ -125,7 +125,7 @@ fn fault_panels_have_data_during_their_faults() {
         }
         let mut choice = choice.clone();
         if fault.again_after.is_some() {
-            // The time that the process is stopped, and room for a scrape before and after it.
+            // The time that the fault lasts, and room for a scrape before and after it.
             choice.insert("__rate_interval", "8s".to_owned());
         }
         let injected_at = Cell::new(Instant::now());

@@ -59,7 +59,10 @@ fn measured_round_trip_is_compared_with_the_ttl() {
     let report = ttl("ttl=200ms");
     let finding = report.one("ttl-round-trip");
     assert_eq!((report.code, &finding["level"]), (2, &"error".into()), "{finding}");
-    assert!(finding["fix"].as_str().unwrap().contains("set ttl to 1."), "{finding}");
+    // Twenty round trips, each of which may take half as long again on a busy machine.
+    let fix = finding["fix"].as_str().unwrap();
+    let advises = |seconds| fix.contains(&format!("set ttl to {seconds}."));
+    assert!(advises(1) || advises(2), "{finding}");
     assert_eq!(ttl("ttl=1s").one("ttl-round-trip")["level"], "warning");
     assert_eq!(ttl("ttl=30s").one("ttl-round-trip")["level"], "ok");
 }

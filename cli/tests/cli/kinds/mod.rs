@@ -242,8 +242,25 @@ on_each_store! { on(servers);
         let guard = lock(&locks, "k").await;
         let token = guard.token();
         guard.release().await.expect("release");
-        assert!(shardlock::namespace::erase(&locks).await.expect("erase") > 0);
-        assert_eq!(shardlock::namespace::erase(&locks).await.expect("erase"), 0);
+        let erase = async || {
+            let mut erased = 0;
+            // A node of a quorum that a busy machine keeps from answering counts as down for a
+            // moment, and nothing is erased there.
+            until("all servers are erased", async || match shardlock::namespace::erase(&locks).await {
+                Ok(count) => {
+                    erased = count;
+                    true
+                }
+                Err(error) => {
+                    assert!(error.is_retryable(), "{error}");
+                    false
+                }
+            })
+            .await;
+            erased
+        };
+        assert!(erase().await > 0);
+        assert_eq!(erase().await, 0);
         let ours = |name: &String| name.starts_with(store.namespace()) && !name.contains("in:") && !name.contains("%in/");
         let left: Vec<_> = store.servers().names().into_iter().filter(ours).collect();
         assert_eq!(left, [""; 0]);

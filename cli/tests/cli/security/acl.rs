@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use support::{PATIENCE, RedisServer};
-use support_locks::{SHORT_TTL, Servers, soon, until, until_queued};
+use support_locks::{SHORT_TTL, STORE_TIMEOUT, Servers, soon, until, until_queued};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/acl.conf");
 pub(crate) const USER: &str = "shardlock";
@@ -204,7 +204,11 @@ async fn added_rules_are_valid_and_another_database_needs_its_rule() {
     let select = vec!["+select".to_owned()];
     assert!(additions.contains(&select));
     set_user(&server, &rules());
-    let other_database = || LockManager::builder().shard(format!("{}/1", url(&server)));
+    let other_database = || {
+        LockManager::builder()
+            .shard(format!("{}/1", url(&server)))
+            .store_timeout(STORE_TIMEOUT)
+    };
     let error = other_database().connect().await.expect_err("the user may not SELECT");
     assert!(error.kind() == LockErrorKind::Refused, "{error:?}");
     assert!(error.to_string().contains("lacks the permission +select;"), "{error}");
@@ -323,7 +327,11 @@ async fn renewal_without_permission_to_read_is_no_loss_yet() {
     let server = RedisServer::start();
     set_user(&server, &rules());
     let ttl = Duration::from_secs(5);
-    let builder = LockManager::builder().shard(url(&server)).ttl(ttl).renew_fraction(0.02);
+    let builder = LockManager::builder()
+        .shard(url(&server))
+        .ttl(ttl)
+        .renew_fraction(0.02)
+        .store_timeout(STORE_TIMEOUT);
     let locks = builder.connect().await.expect("connect");
     let guard = locks.lock("k").timeout(PATIENCE).await.expect("lock");
     server.command(&["ACL", "SETUSER", USER, "-get"]);

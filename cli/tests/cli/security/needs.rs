@@ -8,8 +8,8 @@ use shardlock::LockManager;
 use shardlock::config::Builder;
 use shardlock::introspect::Slot;
 use support::sentinel::Watched;
-use support::{Cluster, Quorum, RedisServer};
-use support_locks::{Kind, Servers, lock, soon, until};
+use support::{Cluster, PATIENCE, Quorum, RedisServer};
+use support_locks::{Kind, STORE_TIMEOUT, Servers, lock, soon, until};
 
 use super::acl::{PASSWORD, USER, additions, rules, set_user, whole_range_of};
 use crate::tool::{bare, run};
@@ -148,6 +148,8 @@ async fn permissions_agree_on_a_single_server() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn permissions_agree_behind_sentinels_with_confirming_replicas() {
     let watched = Watched::start(1);
+    // A busy machine must not cause a failover.
+    watched.consider_down_after(PATIENCE);
     let subject = Subject {
         kind: Kind::Sentinel,
         servers: &watched,
@@ -196,7 +198,8 @@ async fn permissions_agree_on_nodes_of_a_cluster() {
     let slot = Slot::of(b"lock:moving").number();
     let from = cluster.owner(slot);
     let to = (from + 1) % cluster.nodes().len();
-    let locks = subject.builder().connect().await.expect("connect");
+    let builder = subject.builder().store_timeout(STORE_TIMEOUT);
+    let locks = builder.connect().await.expect("connect");
     until("the counter of a slot is used again", async || {
         for _ in 0..2 {
             lock(&locks, "busy").await.release().await.expect("release");

@@ -134,7 +134,10 @@ pub(crate) async fn record(me: &worker::Current) {
     for builder in [
         beside().password(format!("wrong-{SECRET}")),
         beside().password_file(&file),
-        LockManager::builder().shard(server.url()).credentials(callback),
+        LockManager::builder()
+            .shard(server.url())
+            .store_timeout(Duration::from_secs(5))
+            .credentials(callback),
     ] {
         recorder.note(&(&builder, wrong()));
         let error = soon("an error", builder.connect()).await.expect_err("connecting fails");

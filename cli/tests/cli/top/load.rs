@@ -87,7 +87,11 @@ pub(crate) fn run(me: &Current) {
         let address = me.var("SHARDLOCK_TEST_ADDRESS").parse().unwrap();
         let admin = Admin::bind_with(address, String::new).unwrap();
         let builder = LockManager::builder().named_shard("eu-1", me.var("SHARDLOCK_TEST_URL"));
-        let locks = builder.ttl(Duration::from_secs(2)).connect().await.unwrap();
+        // A busy machine may stall the server, this process or both for a second.
+        let builder = builder
+            .ttl(Duration::from_secs(3))
+            .store_timeout(Duration::from_millis(2_500));
+        let locks = builder.connect().await.unwrap();
         let server = admin.serve(&locks).unwrap();
         let turns = Arc::new(AtomicU64::new(0));
         for (key, tasks, hold) in WANTED {

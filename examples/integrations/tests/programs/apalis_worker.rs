@@ -1,8 +1,7 @@
 //! Two workers that number the invoices of the same customers.
 
-use shardlock::LockManager;
 use support::{RedisServer, wait_until};
-use support_locks::until_queued;
+use support_locks::{connect, until_queued};
 
 use crate::{PATIENCE, Program};
 
@@ -21,7 +20,7 @@ async fn invoices_of_each_customer_have_numbers_without_gaps() {
         .into_iter()
         .chain(CUSTOMERS.into_iter().cycle().take(CUSTOMERS.len() * INVOICES))
         .collect();
-    let locks = LockManager::connect(&url).await.expect("connect");
+    let locks = connect(&url).await;
     let keys = CUSTOMERS.map(|customer| format!("customer:{customer}"));
     let until_queued = async |workers| {
         for key in &keys {

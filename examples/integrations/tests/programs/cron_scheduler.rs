@@ -8,13 +8,14 @@ use support::RedisServer;
 use crate::Program;
 
 /// How many ticks each host takes part in.
-const TICKS: usize = 3;
+const TICKS: usize = 2;
 
 #[test]
 fn job_runs_once_per_tick_on_all_hosts_together() {
     let redis = RedisServer::start();
     let url = redis.url();
-    let vars = [("SHARDLOCK_SHARDS", url.as_str()), ("SCHEDULE", "*/4 * * * * *")];
+    // The key stays locked for three seconds. If a tick was late, it must be free at the next one.
+    let vars = [("SHARDLOCK_SHARDS", url.as_str()), ("SCHEDULE", "*/6 * * * * *")];
     let hosts = [(); 3].map(|()| Program::start(env!("CARGO_BIN_EXE_cron_scheduler"), &vars, &[]));
     let watched = hosts.map(|host| {
         thread::spawn(move || {
@@ -41,7 +42,7 @@ fn job_runs_once_per_tick_on_all_hosts_together() {
     runs.sort();
     // More if a host started late and saw later ticks than the others.
     assert!(runs.len() >= TICKS, "{seen:?}");
-    // The key stays locked for three seconds. A busy machine reports a run late.
+    // A busy machine reports a run late.
     for pair in runs.windows(2) {
         assert!(pair[1] - pair[0] > Duration::from_millis(1500), "{seen:?}");
     }

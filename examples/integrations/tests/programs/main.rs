@@ -37,6 +37,8 @@ impl Program {
         for (name, _) in env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SHARDLOCK_")) {
             command.env_remove(name);
         }
+        // A server on a busy machine may take longer than the default of a second to answer.
+        command.env("SHARDLOCK_STORE_TIMEOUT", "5s");
         command.envs(vars.iter().copied()).args(args).stdout(Stdio::piped());
         let mut process = Process::spawn(command).expect("start the program");
         let output = BufReader::new(process.take_stdout().expect("it is piped"));

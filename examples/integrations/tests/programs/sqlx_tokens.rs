@@ -1,14 +1,15 @@
 //! Fencing tokens as parameters and columns, with the feature `sqlx`.
 
-use shardlock::{FencingToken, LockManager};
+use shardlock::FencingToken;
 use sqlx::{Connection, PgConnection, Row};
 use support::postgres::Postgres;
+use support_locks::connect;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn token_is_a_bigint_in_queries() {
     let postgres = Postgres::start();
     let mut database = PgConnection::connect(&postgres.url()).await.expect("connect");
-    let locks = LockManager::connect("memory://").await.expect("connect");
+    let locks = connect("memory://").await;
     let token = locks.lock("k").await.expect("lock").token();
 
     let query = "SELECT $1 AS same, $1 + 1 AS next, NULL::bigint AS none, 0::bigint AS zero";

@@ -91,7 +91,8 @@ async fn waiter_of_a_held_key(
 #[tokio::test]
 async fn idle_inbox_is_dropped_and_its_waiters_are_notified_to_retry() {
     let cluster = support::Cluster::start(3, 0);
-    let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 1).await;
+    // Whole seconds are counted, and the reply to the waiter may take one on a busy machine.
+    let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 2).await;
     // Acquiring a free key needs no inbox; waiting does.
     assert!(matches!(acquire(&waiter, AcquireKind::Fast).await, AcquireReply::Taken));
     assert_eq!(cluster.shard_channels(), [""; 0]);
@@ -144,8 +145,11 @@ async fn lost_counter_gives_no_smaller_token() {
     let key = LockKey::new("k").unwrap();
     let counter = store.shared.commands.names.of(&key).counter().to_string();
     let node = &cluster.nodes()[0];
-    let mut largest = 0;
-    for _ in 0..20 {
+    let (mut largest, mut rounds) = (0, 0);
+    // On a busy machine the plain commands are often too late to be used.
+    while rounds < 20 || node.calls("incrby") == 0 {
+        rounds += 1;
+        assert!(rounds < 1_000, "no plain command was sent");
         let AcquireReply::Granted { tokens, .. } = acquire(&store, AcquireKind::Fast).await else {
             panic!("the key is free");
         };
@@ -162,6 +166,5 @@ async fn lost_counter_gives_no_smaller_token() {
         assert!(store.release(Priority::Foreground, release).await.unwrap().reply.held);
         node.command(&["DEL", &counter]);
     }
-    assert!(node.calls("incrby") > 0, "no plain command was sent");
     assert_eq!(cluster.shard_channels(), [""; 0]);
 }
