@@ -10,9 +10,7 @@ use support::proxy::Proxy;
 use support::tls::{Authority, TlsServer};
 use support::wait::PATIENCE;
 use support::{ClientType, Cluster, RedisServer};
-use support_locks::{
-    Kind, Measured, STORE_TIMEOUT, TestStore, lock, on_each_store, soon, until, until_queued, waiting,
-};
+use support_locks::{Kind, Measured, TestStore, lock, on_each_store, soon, until, until_queued, waiting};
 use tokio::task::JoinSet;
 
 use crate::connections::named;
@@ -230,7 +228,11 @@ async fn pooled_connections_are_encrypted_like_all_others() {
     let builder = LockManager::builder()
         .shard(tls.url("localhost"))
         .tls_ca(authority.ca());
-    let locks = builder.store_timeout(STORE_TIMEOUT).connect().await.expect("connect");
+    let locks = builder
+        .store_timeout(support_locks::STORE_TIMEOUT)
+        .connect()
+        .await
+        .expect("connect");
     locks.inspect("k").await.expect("inspect");
     assert_eq!(named(&tls.server, ":pool").len(), 1);
 }

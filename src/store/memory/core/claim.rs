@@ -6,8 +6,8 @@ use crate::key::LockKey;
 use crate::store::redis::claim::{ClaimKind, Claimed};
 
 impl MemoryCore {
-    /// Takes or extends a lease for a cycle that has it at the sequencer, and takes the cycle out of
-    /// the queue, which decides nothing here. Raises the counter to `at_least`.
+    /// Takes or extends a lease for a cycle that has it at the sequencer, and removes the cycle
+    /// from the queue, which decides nothing here. Raises the counter to `at_least`.
     pub(crate) fn claim(&mut self, key: &LockKey, me: &str, kind: ClaimKind, at_least: u64, terms: Terms) -> Claimed {
         let lock = self.lock(key, terms.now);
         let is_held = lock.is_held_by(me);
