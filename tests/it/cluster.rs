@@ -460,6 +460,26 @@ async fn acquire_whose_wait_for_replicas_fails_is_repeated_by_the_same_cycle() {
     .await;
 }
 
+/// Regression: it gave up after a second, whatever its store timeout was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_that_connects_waits_for_a_busy_node() {
+    let cluster = Cluster::start(1, 0);
+    let node = &cluster.nodes()[0];
+    let proxy = Proxy::start(node.address());
+    let port = proxy.port();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port.to_string()]);
+    proxy.hold_back();
+    let builder = LockManager::builder().shard(format!("redis+cluster://127.0.0.1:{port}"));
+    let connecting = tokio::spawn(builder.store_timeout(PATIENT).connect());
+    until("the node is asked again", async || {
+        proxy.connections() > 1 || connecting.is_finished()
+    })
+    .await;
+    proxy.let_through();
+    let locks = soon("the manager", connecting).await.expect("a task").expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connect_needs_one_reachable_node_and_explains_failures() {
     let cluster = Cluster::start(3, 0);

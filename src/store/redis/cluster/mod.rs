@@ -209,7 +209,16 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             // All steps share one time limit.
             let deadline = Moment::now() + pool.shared.timeout.mul_f64(0.9);
-            pool.refresh(0).await?;
+            loop {
+                let began = Moment::now();
+                match pool.refresh(0).await {
+                    // A node was silent for as long as a request waits for one. A busy one may
+                    // answer later.
+                    Err(StoreError::Unavailable(_))
+                        if Moment::now().since(began) >= pool.shared.patience && Moment::now() < deadline => {}
+                    read => break read?,
+                }
+            }
             pool.check_map(Some(deadline)).await
         })
     }
