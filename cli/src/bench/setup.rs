@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use shardlock::config::{Builder, Config, Endpoint};
 use shardlock::tool;
 
@@ -10,13 +10,11 @@ use super::Args;
 use super::figures::HandOffs;
 use super::temp_agent::TempAgent;
 use crate::exit::Failure;
+use crate::load;
 use crate::load::temp_servers::TempServers;
 use crate::load::workers::Workers;
 use crate::output::eprint;
 use crate::shards;
-
-/// The maximum number of attempts to erase the namespace completely.
-const ERASURES_MAX: u32 = 20;
 
 /// Everything that must be removed. It is filled step by step, so that an interrupted run removes
 /// exactly what it has created.
@@ -112,14 +110,7 @@ impl Setup {
     }
 }
 
-/// Repeats until nothing is left, since a command that a killed worker had already sent may still
-/// be executed.
 async fn erase(config: Config) -> anyhow::Result<()> {
     let locks = Builder::new().config(config).connect().await?;
-    for _ in 0..ERASURES_MAX {
-        if shardlock::namespace::erase(&locks).await? == 0 {
-            return Ok(());
-        }
-    }
-    bail!("new keys keep appearing")
+    load::erase(&locks).await
 }

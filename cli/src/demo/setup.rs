@@ -12,6 +12,7 @@ use super::classes;
 use super::cleanup;
 use super::protocol::KeyNames;
 use super::targets_file::TargetsFile;
+use crate::load;
 use crate::load::connection::SERVER_TIMEOUT;
 use crate::load::temp_servers::TempServers;
 use crate::load::workers::Workers;
@@ -24,9 +25,6 @@ const NODES: usize = 3;
 
 /// Servers report their uptime in whole seconds.
 const VOTE_SLACK: Duration = Duration::from_secs(2);
-
-/// The maximum number of attempts to erase a namespace completely.
-const ERASURES_MAX: u32 = 20;
 
 /// A builder for the demo's managers: settings from the environment, such as certificates, and the
 /// demo's own shards and namespace.
@@ -174,16 +172,9 @@ impl Setup {
         Ok(())
     }
 
-    /// Repeats until nothing is left, since a command that a killed worker had already sent may
-    /// still be executed.
     async fn erase_locks(&self) -> anyhow::Result<()> {
         let builder = builder(&self.given, &KeyNames::new(&self.prefix))?;
         let locks = builder.store_timeout(SERVER_TIMEOUT).connect().await?;
-        for _ in 0..ERASURES_MAX {
-            if shardlock::namespace::erase(&locks).await? == 0 {
-                return Ok(());
-            }
-        }
-        bail!("new keys keep appearing")
+        load::erase(&locks).await
     }
 }

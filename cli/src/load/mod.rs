@@ -10,11 +10,13 @@
 //! | `counters` | the counters of this process's lock manager |
 //! | `key_distribution` | how often each key is used |
 //! | `progress` | the progress bar |
+//! | `erase` | erases what workers have left on given servers |
 
 pub(crate) mod child;
 pub(crate) mod commands;
 pub(crate) mod connection;
 pub(crate) mod counters;
+mod erase;
 #[cfg(test)]
 mod fuzzing;
 pub(crate) mod key_distribution;
@@ -22,6 +24,8 @@ pub(crate) mod progress;
 pub(crate) mod server_stats;
 pub(crate) mod temp_servers;
 pub(crate) mod workers;
+
+pub(crate) use erase::erase;
 
 #[cfg(test)]
 #[path = "../../../src/fuzzing/corpus.rs"]
