@@ -104,6 +104,14 @@ impl Run {
         self.process.kill();
     }
 
+    /// Kills the process of an `exec` that has the lock. If the one in front of it is killed
+    /// ([`kill`](Self::kill)), the lock is released.
+    #[track_caller]
+    pub(crate) fn kill_keeper(&self) {
+        let keeper = self.children()[0];
+        rustix::process::kill_process(keeper, Signal::KILL).expect("it runs");
+    }
+
     /// The running child processes of the tool.
     pub(crate) fn children(&self) -> Vec<Pid> {
         let pid = self.process.pid();

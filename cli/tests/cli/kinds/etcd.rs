@@ -59,12 +59,12 @@ async fn the_key_of_a_process_that_was_killed_is_free_when_its_lease_ends() {
         locks.inspect("k").await.unwrap().holder.is_some()
     })
     .await;
-    holder.kill();
+    holder.kill_keeper();
     let started = Instant::now();
     let guard = lock(&locks, "k").await;
     let waited = started.elapsed();
     // Etcd looks for expired leases twice a second, and the machine may be busy.
-    assert!(waited < LEASE_MIN + Duration::from_secs(3), "{waited:?}");
+    assert!(waited < LEASE_MIN + Duration::from_secs(5), "{waited:?}");
     guard.release().await.unwrap();
     until("no key of a lock is left", async || etcd.lock_keys().await.is_empty()).await;
     until("no lease is left", async || etcd.leases().await == 0).await;

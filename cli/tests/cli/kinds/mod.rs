@@ -7,7 +7,6 @@ mod sentinel;
 
 use std::process::Command;
 
-use rustix::process::Signal;
 use serde_json::Value;
 use shardlock::LossReason;
 use shardlock::config::Config;
@@ -285,9 +284,7 @@ on_each_store! { on(permits_of_servers);
             let hold = [&["exec"], mode, &["k", "sh", "-c", "echo held; exec sleep 600"]].concat();
             let mut holder = Run::start(in_namespace(&hold));
             holder.wait_until_it_prints("held");
-            // The process that has the lock.
-            let keeper = holder.children()[0];
-            rustix::process::kill_process(keeper, Signal::KILL).expect("it runs");
+            holder.kill_keeper();
             let inbox = format!("{namespace}in:");
             let is_inbox = |name: &String| name.starts_with(&inbox);
             until("the holder no longer listens", async || !store.servers().names().iter().any(is_inbox)).await;
