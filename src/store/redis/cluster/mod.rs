@@ -55,6 +55,7 @@ use super::replica_ack::{ReplicaAck, ReplicaWait};
 use super::reply::{inspected, released, to_store_error};
 use super::script::Scripts;
 use super::token_floor::TokenFloor;
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
@@ -75,6 +76,9 @@ use topology::{NodeAddress, Topology};
 const INBOX_IDLE_SECONDS: u32 = 60;
 /// The longest wait for one node before the request is resent to the current owner of the slot.
 const PATIENCE_MAX: Duration = Duration::from_secs(1);
+/// The shortest and the longest pause before a manager that connects asks silent nodes again.
+const ASK_AGAIN_MIN: Duration = Duration::from_millis(50);
+const ASK_AGAIN_MAX: Duration = Duration::from_millis(500);
 
 /// The longest single wait for replicas, and the pause before the next one.
 const REPLICAS_WAIT_MAX: Duration = Duration::from_millis(100);
@@ -209,13 +213,17 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             // All steps share one time limit.
             let deadline = Moment::now() + pool.shared.timeout.mul_f64(0.9);
+            let mut backoff = Backoff::new(ASK_AGAIN_MIN, ASK_AGAIN_MAX);
+            let has_time = || Moment::now() + pool.shared.patience < deadline;
+            let mut was_silent = false;
             loop {
                 let began = Moment::now();
-                match pool.refresh(0).await {
-                    // A node was silent for as long as a request waits for one. A busy one may
-                    // answer later.
-                    Err(StoreError::Unavailable(_))
-                        if Moment::now().since(began) >= pool.shared.patience && Moment::now() < deadline => {}
+                let read = pool.refresh(0).await;
+                // A node was silent for about as long as a request waits for one. A busy one may
+                // answer later.
+                was_silent |= Moment::now().since(began) >= pool.shared.patience / 2;
+                match read {
+                    Err(StoreError::Unavailable(_)) if was_silent && has_time() => backoff.wait().await,
                     read => break read?,
                 }
             }
