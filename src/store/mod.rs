@@ -433,7 +433,8 @@ pub struct KeyState {
     /// The first members of the queue, in order, as `manager:cycle`; at most 100.
     pub queue: Vec<String>,
     /// The largest token issued in the key's slot, or `None` if there was none yet. Etcd reports
-    /// only those of holders.
+    /// only those of holders. A quorum reports the largest that one node knows, which may have
+    /// missed some while it was down.
     pub last_token: Option<FencingToken>,
 }
 

@@ -8,7 +8,7 @@ use shardlock::error::LockErrorKind;
 use shardlock::{LockMode, LossReason};
 use support::worker;
 use support_locks::{
-    MARGIN, TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued, waiting,
+    Kind, MARGIN, TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued, waiting,
 };
 use tokio::task::JoinSet;
 
@@ -69,9 +69,14 @@ on_each_store! {
             for guard in &shared {
                 assert!(guard.token().get() > largest, "no token of a reader is below one of an earlier writer");
             }
+            let last = shared.iter().map(|guard| guard.token().get()).max().expect("two guards");
             // Etcd reports only tokens of holders.
-            largest = here.inspect("k").await.expect("inspect").last_token.expect("a token").get();
-            assert!(shared.iter().all(|guard| guard.token().get() <= largest));
+            let seen = here.inspect("k").await.expect("inspect").last_token.expect("a token").get();
+            // The sequencer of a quorum need not know the tokens of the one that replaced it for a
+            // moment.
+            let is_known = matches!(store.kind(), Kind::Redlock | Kind::Mixed) || last <= seen;
+            assert!(is_known, "{last} {seen}");
+            largest = last.max(seen);
             for guard in shared {
                 guard.release().await.expect("release");
             }
