@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::claims::{Votes, claim_rest, is_late, too_late};
+use super::claims::{Claims, Votes, claim_rest, is_late, too_late};
 use super::extend::extend;
 use super::node::Node;
 use super::release::release_everywhere;
@@ -138,14 +138,14 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     sequencer.metrics.given.increment(1);
     let claim_again_for = quorum.claim_again_for.min(ttl / 4);
     let mut pause = Backoff::new(CLAIM_AGAIN_AFTER, claim_again_for);
-    let (state, tokens, in_flight) = loop {
+    let (state, unanswered, tokens) = loop {
         let mut tally = Tally::new(quorum.nodes.len());
         tally.count(Vote::Given { counter: 0 });
         let votes = Votes {
             tally,
             asked: vec![Arc::clone(&sequencer)],
         };
-        let (tally, tokens, in_flight) = claim_rest(quorum, request, sent_at, votes, tokens).await;
+        let (Claims { tally, unanswered }, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
         let state = tally.state();
         // The other nodes may still have the lease of the owner before. This cycle keeps its turn
         // while they get the release. Every vote but that of the sequencer is counted anew.
@@ -156,7 +156,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             && Moment::now().since(sent_at) + delay < claim_again_for
             && sequencer.store.has_vote();
         if !may_be_won {
-            break (state, tokens, in_flight);
+            break (state, unanswered, tokens);
         }
         tokio::time::sleep(delay).await;
     };
@@ -166,8 +166,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             .nodes
             .iter()
             .for_each(|node| node.store.saw_token(slot, tokens.last()));
-        quorum.confirm(request.cycle, Moment::now());
-        in_flight.await_answers(quorum);
+        quorum.confirm(request.cycle, unanswered, Moment::now());
         return Ok(with(AcquireReply::Granted {
             tokens,
             queued,

@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
-use super::node::{Node, UnansweredClaim};
+use super::node::Node;
 use super::tally::{Tally, Vote, VoteState};
 use super::tokens::TokenChoice;
 use super::{Quorum, outage};
@@ -27,27 +26,13 @@ pub(super) struct Votes {
     pub(super) asked: Vec<Arc<Node>>,
 }
 
-/// What a node answers to a claim.
-type Answered = (Arc<Node>, Result<Result<Claimed, StoreError>, Elapsed>);
-
-/// Claims that are in flight when the vote is decided. What was sent can't be cancelled, but it
-/// arrives before a later release on the same connection. The rest is never sent.
-pub(super) struct ClaimsInFlight<F>(FuturesUnordered<F>);
-
-impl<F: Future<Output = Answered> + Send + 'static> ClaimsInFlight<F> {
-    /// Awaits the answers in the background. Until they are there, the nodes know that a release on
-    /// another connection may overtake the claim.
-    pub(super) fn await_answers(self, quorum: &Arc<Quorum>) {
-        let (Self(mut claims), quorum) = (self, Arc::clone(quorum));
-        if claims.is_empty() {
-            return;
-        }
-        drop(tokio::spawn(async move {
-            while let Some((node, claimed)) = claims.next().await {
-                vote(&quorum, &node, claimed);
-            }
-        }));
-    }
+/// What became of the claims.
+pub(super) struct Claims {
+    pub(super) tally: Tally,
+    /// The nodes that had not answered when the vote was decided. Their claims are dropped, not
+    /// cancelled: what was sent arrives before a later release on the same connection, and the rest
+    /// is never sent.
+    pub(super) unanswered: Vec<Arc<Node>>,
 }
 
 /// Claims the nodes that have not voted. If others have issued tokens that reach into the
@@ -59,14 +44,10 @@ pub(super) async fn claim_rest(
     sent_at: Moment,
     votes: Votes,
     tokens: TokenBlock,
-) -> (
-    Tally,
-    TokenBlock,
-    ClaimsInFlight<impl Future<Output = Answered> + Send + 'static>,
-) {
+) -> (Claims, TokenBlock) {
     let mut choice = TokenChoice::new(request.cycle.mode(), tokens, request.tokens);
-    let (mut tally, mut in_flight) = claim(quorum, request, votes, tokens.last()).await;
-    while let VoteState::Won(counter) = tally.state()
+    let mut claims = claim(quorum, request, votes, tokens.last()).await;
+    while let VoteState::Won(counter) = claims.tally.state()
         && !choice.is_final(counter)
         && !is_late(sent_at, request.ttl)
     {
@@ -75,21 +56,16 @@ pub(super) async fn claim_rest(
             tally: Tally::new(quorum.nodes.len()),
             asked: Vec::new(),
         };
-        (tally, in_flight) = claim(quorum, request, votes, tokens.last()).await;
+        claims = claim(quorum, request, votes, tokens.last()).await;
     }
-    (tally, choice.tokens, in_flight)
+    (claims, choice.tokens)
 }
 
 /// Returns as soon as the vote is decided.
-async fn claim(
-    quorum: &Quorum,
-    request: &Acquire,
-    votes: Votes,
-    at_least: u64,
-) -> (Tally, ClaimsInFlight<impl Future<Output = Answered> + Send + 'static>) {
+async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) -> Claims {
     let Votes { mut tally, asked } = votes;
     let mut claims = FuturesUnordered::new();
-    let vote_is_open = Arc::new(());
+    let mut unanswered = Vec::new();
     for node in &quorum.nodes {
         if asked.iter().any(|asked| Arc::ptr_eq(asked, node)) {
             continue;
@@ -109,49 +85,39 @@ async fn claim(
                 AcquireKind::Fast | AcquireKind::Try | AcquireKind::Enqueue => ClaimKind::Take,
             },
         };
-        let limit = quorum.node_limit;
-        let unanswered = UnansweredClaim::new(node, request.cycle);
-        // Sent after the vote, it could follow the release of its cycle.
-        let is_open = Arc::downgrade(&vote_is_open);
-        claims.push(async move {
-            let node = unanswered.node();
-            let claiming = node.store.claim_while(claim, move || is_open.strong_count() > 0);
-            let claimed = timeout(limit, claiming).await;
-            (Arc::clone(node), claimed)
-        });
+        unanswered.push(Arc::clone(node));
+        claims.push(async move { (node, timeout(quorum.node_limit, node.store.claim(claim)).await) });
     }
-    while tally.state() == VoteState::Open
-        && let Some((node, claimed)) = claims.next().await
-    {
-        tally.count(vote(quorum, &node, claimed));
-    }
-    drop(vote_is_open);
-    (tally, ClaimsInFlight(claims))
-}
-
-fn vote(quorum: &Quorum, node: &Node, claimed: Result<Result<Claimed, StoreError>, Elapsed>) -> Vote {
-    match claimed {
-        // The node has the lease now, but has no vote yet.
-        Ok(Ok(_)) if !node.store.has_vote() => Vote::Missing,
-        Ok(Ok(Claimed::Ours { counter })) => {
-            node.metrics.given.increment(1);
-            Vote::Given { counter }
-        }
-        Ok(Ok(Claimed::Refused)) => {
-            node.metrics.refused.increment(1);
-            Vote::Refused
-        }
-        Ok(Err(error)) => {
-            if let Some(why) = outage(&error) {
-                quorum.report_down(node, why);
+    while tally.state() == VoteState::Open {
+        let Some((node, claimed)) = claims.next().await else {
+            break;
+        };
+        unanswered.retain(|asked| !Arc::ptr_eq(asked, node));
+        let vote = match claimed {
+            // The node has the lease now, but has no vote yet.
+            Ok(Ok(_)) if !node.store.has_vote() => Vote::Missing,
+            Ok(Ok(Claimed::Ours { counter })) => {
+                node.metrics.given.increment(1);
+                Vote::Given { counter }
             }
-            Vote::Missing
-        }
-        Err(_) => {
-            quorum.report_down(node, "no answer in time");
-            Vote::Missing
-        }
+            Ok(Ok(Claimed::Refused)) => {
+                node.metrics.refused.increment(1);
+                Vote::Refused
+            }
+            Ok(Err(error)) => {
+                if let Some(why) = outage(&error) {
+                    quorum.report_down(node, why);
+                }
+                Vote::Missing
+            }
+            Err(_) => {
+                quorum.report_down(node, "no answer in time");
+                Vote::Missing
+            }
+        };
+        tally.count(vote);
     }
+    Claims { tally, unanswered }
 }
 
 /// Whether nothing is left of a lease of that `ttl`, which the nodes count from the moment they are

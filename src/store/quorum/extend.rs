@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tokio::time::timeout;
 
-use super::claims::{Votes, claim_rest, is_late, too_late};
+use super::claims::{Claims, Votes, claim_rest, is_late, too_late};
 use super::node::Node;
 use super::tally::{Tally, Vote, VoteState};
 use super::{Quorum, outage};
@@ -44,7 +44,8 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
         match extend_at(quorum, node, request).await {
             Ok(Some(Extension { tokens, queued, floor })) => {
                 votes.tally.count(Vote::Given { counter: 0 });
-                let (tally, tokens, _) = claim_rest(quorum, request, sent_at, votes, tokens).await;
+                // A claim that only extends finds nothing to extend after the release.
+                let (Claims { tally, .. }, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
                 return match tally.state() {
                     VoteState::Won(_) if is_late(sent_at, ttl) => Err(too_late(ttl)),
                     VoteState::Won(_) => {

@@ -94,15 +94,23 @@ struct Quorum {
     /// Notifies the repair worker that a node went down: the waiters in its queue must ask the next
     /// sequencer.
     sequencer_lost: Notify,
-    /// The cycles that hold a lease, as far as this manager knows, and when a majority last
-    /// confirmed it. Only their leases are restored at nodes that lack them. Cycles that were lost
-    /// without a release are removed when their leases have run out.
-    held: parking_lot::Mutex<HashMap<Cycle, Moment>>,
+    /// The cycles that hold a lease, as far as this manager knows. Only their leases are restored at
+    /// nodes that lack them. Cycles that were lost without a release are removed when their leases
+    /// have run out.
+    held: parking_lot::Mutex<HashMap<Cycle, Held>>,
     /// The largest number of a cycle for which something was sent.
     newest_cycle: AtomicU64,
     /// How many releases are in flight.
     releasing: AtomicUsize,
     metrics: Arc<ShardMetrics>,
+}
+
+/// A lease that a cycle holds.
+struct Held {
+    /// When a majority last confirmed it.
+    confirmed: Moment,
+    /// The nodes whose answers to the claim were not awaited: it may still be on its way.
+    unanswered: Vec<Arc<Node>>,
 }
 
 /// Leases that have run out are looked for whenever the number of entries is a multiple of this.
@@ -241,18 +249,19 @@ impl Quorum {
     }
 
     /// Records that a majority has confirmed the cycle's lease.
-    fn confirm(&self, cycle: Cycle, now: Moment) {
+    fn confirm(&self, cycle: Cycle, unanswered: Vec<Arc<Node>>, now: Moment) {
         let mut held = self.held.lock();
-        held.insert(cycle, now);
+        let confirmed = now;
+        held.insert(cycle, Held { confirmed, unanswered });
         if held.len().is_multiple_of(HELD_BETWEEN_SWEEPS) {
-            held.retain(|_, confirmed| now.since(*confirmed) <= self.max_ttl);
+            held.retain(|_, lease| now.since(lease.confirmed) <= self.max_ttl);
         }
     }
 
     /// Like [`confirm`](Self::confirm), for a reply that may arrive after its cycle was released.
     fn reconfirm(&self, cycle: Cycle, now: Moment) {
-        if let Some(confirmed) = self.held.lock().get_mut(&cycle) {
-            *confirmed = now;
+        if let Some(lease) = self.held.lock().get_mut(&cycle) {
+            lease.confirmed = now;
         }
     }
 

@@ -1,7 +1,6 @@
 //! One node of a quorum: a primary and its known state.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -30,40 +29,6 @@ pub(super) struct Node {
     /// The pending releases by cycle, each with the time at which the leases have run out anyway.
     pending_releases: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
     late_claims: Mutex<LateClaims>,
-    /// How many claims of a cycle are in flight.
-    unanswered_claims: Mutex<HashMap<Cycle, u32>>,
-}
-
-/// A claim that the node has not answered, as far as is known.
-pub(super) struct UnansweredClaim {
-    node: Arc<Node>,
-    cycle: Cycle,
-}
-
-impl UnansweredClaim {
-    pub(super) fn new(node: &Arc<Node>, cycle: Cycle) -> Self {
-        *node.unanswered_claims.lock().entry(cycle).or_default() += 1;
-        Self {
-            node: Arc::clone(node),
-            cycle,
-        }
-    }
-
-    pub(super) const fn node(&self) -> &Arc<Node> {
-        &self.node
-    }
-}
-
-impl Drop for UnansweredClaim {
-    fn drop(&mut self) {
-        let mut claims = self.node.unanswered_claims.lock();
-        if let Some(count) = claims.get_mut(&self.cycle) {
-            *count -= 1;
-            if *count == 0 {
-                claims.remove(&self.cycle);
-            }
-        }
-    }
 }
 
 /// Claims that may still be executed here although no task waits for them any more, and the
@@ -99,13 +64,7 @@ impl Node {
                 requests: LateRequests::default(),
                 second_releases: SecondReleases::new(LATE_MAX),
             }),
-            unanswered_claims: Mutex::new(HashMap::new()),
         }
-    }
-
-    /// Whether a claim of that cycle is in flight, as far as is known.
-    pub(super) fn has_unanswered_claim(&self, cycle: Cycle) -> bool {
-        self.unanswered_claims.lock().contains_key(&cycle)
     }
 
     pub(super) fn is_up(&self) -> bool {

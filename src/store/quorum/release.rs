@@ -16,25 +16,53 @@ use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::{LeaseStore, Priority, StoreError, StoreFuture};
 
+/// On which connections the nodes get a release.
+struct Route {
+    priority: Priority,
+    /// The nodes that may still have to execute the claim of the cycle. The release follows it on
+    /// its connection, those of the application's tasks: on another it could overtake it.
+    behind_claim: Vec<Arc<Node>>,
+}
+
+impl Route {
+    const fn of(priority: Priority) -> Self {
+        Self {
+            priority,
+            behind_claim: Vec::new(),
+        }
+    }
+
+    fn is_behind_claim(&self, node: &Arc<Node>) -> bool {
+        self.behind_claim.iter().any(|claimed| Arc::ptr_eq(claimed, node))
+    }
+
+    fn priority_at(&self, node: &Arc<Node>) -> Priority {
+        match self.is_behind_claim(node) {
+            true => Priority::Foreground,
+            false => self.priority,
+        }
+    }
+}
+
 /// A release that a node must receive. If this is dropped before the node has answered, the release
-/// becomes pending, and so does one that may have overtaken a claim.
+/// becomes pending.
 struct UnansweredRelease {
     quorum: Arc<Quorum>,
     node: Arc<Node>,
     release: Option<Release>,
-    /// A claim of the cycle may arrive after it: the claim is in flight on another connection.
-    may_overtake: bool,
+    /// Whether silence says that the node is down. The release of a guard that is dropped may wait
+    /// behind a claim on a connection whose runtime the application blocks.
+    proves_outage: bool,
 }
 
 impl UnansweredRelease {
-    fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, priority: Priority, release: Release) -> Self {
+    fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, route: &Route, release: Release) -> Self {
         quorum.releasing.fetch_add(1, Ordering::AcqRel);
         Self {
             quorum: Arc::clone(quorum),
             node: Arc::clone(node),
-            // Claims travel on the connections of the application's tasks.
-            may_overtake: priority == Priority::Background && node.has_unanswered_claim(release.cycle),
             release: Some(release),
+            proves_outage: route.priority_at(node) == route.priority,
         }
     }
 }
@@ -94,10 +122,7 @@ async fn await_reply(sent: SentRelease) -> Option<Answer<ReleaseReply>> {
     let SentRelease { mut unanswered, reply } = sent;
     match timeout(unanswered.quorum.node_limit, reply).await {
         Ok(Ok(answer)) => {
-            // One that may have overtaken a claim is sent again on the claim's connection.
-            if !unanswered.may_overtake
-                && let Some(release) = unanswered.release.take()
-            {
+            if let Some(release) = unanswered.release.take() {
                 let quorum = &unanswered.quorum;
                 unanswered
                     .node
@@ -110,7 +135,8 @@ async fn await_reply(sent: SentRelease) -> Option<Answer<ReleaseReply>> {
                 unanswered.quorum.report_down(&unanswered.node, why);
             }
         }
-        Err(_) => unanswered.quorum.report_down(&unanswered.node, "no answer in time"),
+        Err(_) if unanswered.proves_outage => unanswered.quorum.report_down(&unanswered.node, "no answer in time"),
+        Err(_) => {}
     }
     None
 }
@@ -146,7 +172,12 @@ async fn attempt(
     request: Release,
     deadline: Moment,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
-    let was_held = quorum.held.lock().remove(&request.cycle).is_some();
+    let held = quorum.held.lock().remove(&request.cycle);
+    let was_held = held.is_some();
+    let route = Route {
+        priority,
+        behind_claim: held.map(|lease| lease.unanswered).unwrap_or_default(),
+    };
     if let Some(next) = request.requeue {
         quorum.record_sent(next);
     }
@@ -171,9 +202,9 @@ async fn attempt(
     // From here on, so that the sequencer gets the release even if this is dropped midway.
     let mut at_sequencer = first_sequencer
         .as_ref()
-        .map(|sequencer| UnansweredRelease::new(quorum, sequencer, priority, plain.clone()));
+        .map(|sequencer| UnansweredRelease::new(quorum, sequencer, &route, plain.clone()));
     let mut answers = Answers(Vec::with_capacity(quorum.nodes.len()));
-    let mut in_flight: FuturesUnordered<_> = send(quorum, priority, others, &plain)
+    let mut in_flight: FuturesUnordered<_> = send(quorum, &route, others, &plain)
         .map(|sent| Box::pin(answer_of(sent)))
         .collect();
     // The sequencer's next owner needs a free majority. A node that had another lease, or that has
@@ -194,7 +225,7 @@ async fn attempt(
     let mut rest: FuturesUnordered<_> = in_flight.into_iter().map(tokio::spawn).collect();
     while let Some(unanswered) = at_sequencer {
         let node = Arc::clone(&unanswered.node);
-        let reply = node.store.release(priority, request.clone());
+        let reply = node.store.release(route.priority_at(&node), request.clone());
         if let Some(Answer { ttl, floor, reply, .. }) = await_reply(SentRelease { unanswered, reply }).await {
             answers.add(&node, reply.held);
             while answers.count() < needed
@@ -228,7 +259,7 @@ async fn attempt(
         at_sequencer = quorum
             .sequencer(slot)
             .filter(|next| !Arc::ptr_eq(next, &node))
-            .map(|next| UnansweredRelease::new(quorum, next, priority, plain.clone()));
+            .map(|next| UnansweredRelease::new(quorum, next, &route, plain.clone()));
     }
     Err(quorum.no_majority())
 }
@@ -237,11 +268,12 @@ async fn attempt(
 /// sequencer comes last, since it passes the key on.
 pub(super) async fn release_everywhere(quorum: &Arc<Quorum>, sequencer: &Arc<Node>, release: Release) {
     // From here on, so that the sequencer gets the release even if this is dropped midway.
-    let unanswered = UnansweredRelease::new(quorum, sequencer, Priority::Foreground, release.clone());
+    let route = Route::of(Priority::Foreground);
+    let unanswered = UnansweredRelease::new(quorum, sequencer, &route, release.clone());
     let others = quorum.nodes.iter().filter(|node| !Arc::ptr_eq(node, sequencer));
-    let sent = send(quorum, Priority::Foreground, others, &release);
+    let sent = send(quorum, &route, others, &release);
     futures_util::future::join_all(sent.map(await_reply)).await;
-    let reply = sequencer.store.release(Priority::Foreground, release);
+    let reply = sequencer.store.release(route.priority, release);
     await_reply(SentRelease { unanswered, reply }).await;
 }
 
@@ -253,7 +285,7 @@ async fn answer_of(sent: SentRelease) -> (Arc<Node>, Option<Answer<ReleaseReply>
 /// Nodes that are down are not waited for: their releases become pending.
 fn send<'a>(
     quorum: &'a Arc<Quorum>,
-    priority: Priority,
+    route: &'a Route,
     nodes: impl Iterator<Item = &'a Arc<Node>>,
     release: &'a Release,
 ) -> impl Iterator<Item = SentRelease> {
@@ -263,8 +295,8 @@ fn send<'a>(
             return None;
         }
         Some(SentRelease {
-            unanswered: UnansweredRelease::new(quorum, node, priority, release.clone()),
-            reply: node.store.release(priority, release.clone()),
+            unanswered: UnansweredRelease::new(quorum, node, route, release.clone()),
+            reply: node.store.release(route.priority_at(node), release.clone()),
         })
     })
 }

@@ -240,11 +240,12 @@ async fn held_cycles_are_forgotten_once_their_leases_have_run_out() {
     let held = || [2, 4, 6].map(|cycle| quorum.holds(Cycle::of(cycle)));
     let first = Moment::now();
     let later = first + quorum.max_ttl + Duration::from_nanos(1);
-    [2, 4].iter().for_each(|&cycle| quorum.confirm(Cycle::of(cycle), first));
+    let confirm = |cycle, now| quorum.confirm(Cycle::of(cycle), Vec::new(), now);
+    [2, 4].iter().for_each(|&cycle| confirm(cycle, first));
     [4, 6]
         .iter()
         .for_each(|&cycle| quorum.reconfirm(Cycle::of(cycle), later));
     assert_eq!(held(), [true, true, false], "it was never confirmed");
-    (3..=HELD_BETWEEN_SWEEPS as u64).for_each(|number| quorum.confirm(Cycle::of(2 * number), later));
+    (3..=HELD_BETWEEN_SWEEPS as u64).for_each(|number| confirm(2 * number, later));
     assert_eq!(held(), [false, true, true]);
 }

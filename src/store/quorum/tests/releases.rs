@@ -107,25 +107,52 @@ async fn requeued_cycle_is_not_granted_by_the_sequencer_alone() {
     assert!(matches!(reply.requeued, Some(AcquireReply::Queued(_))), "{reply:?}");
 }
 
+impl Bench {
+    /// A lease whose claim is on its way to the last node, and then its release by a guard that is
+    /// dropped.
+    async fn release_before_a_claim_arrives(&self, proxies: &[Proxy; 3]) {
+        // The servers know the scripts from then on.
+        self.hold(2).await;
+        self.release(2).await.unwrap();
+        let is_over = || self.store.quorum.releasing.load(Ordering::Acquire) == 0;
+        eventually("nothing is in flight", PATIENCE, is_over).await;
+        let last = &self.nodes[2].store;
+        last.leave_background();
+        proxies[2].withhold();
+        last.connect_background().await.unwrap();
+        last.set_vote(true);
+        self.hold(4).await;
+        assert!(self.release_on(Priority::Background, 4, None).await.unwrap().held);
+        assert_eq!([0, 1, 2].map(|node| self.owner(node)), [None, None, None]);
+    }
+}
+
 /// Regression: the node executed the claim after the release, and had a lease that nobody released
 /// until its TTL.
 #[tokio::test]
-async fn release_that_overtakes_a_claim_is_sent_again_behind_it() {
+async fn release_does_not_overtake_an_unanswered_claim() {
     let (bench, proxies) = Bench::behind_proxies().await;
-    bench.nodes[2].store.leave_background();
-    proxies[2].withhold();
-    bench.nodes[2].store.connect_background().await.unwrap();
-    bench.nodes[2].store.set_vote(true);
-    bench.hold(2).await;
-    assert!(bench.release_on(Priority::Background, 2, None).await.unwrap().held);
-    assert_eq!([0, 1, 2].map(|node| bench.owner(node)), [None, None, None]);
+    bench.release_before_a_claim_arrives(&proxies).await;
+    let before = bench.servers[2].script_calls();
     proxies[2].deliver_late();
-    eventually("the claim is executed", PATIENCE, || {
-        bench.owner(2) == bench.owner_tag(2)
-    })
-    .await;
-    assert!(repair::finish_pending_releases(&bench.store.quorum, &bench.nodes[2]).await);
+    let executed = || bench.servers[2].script_calls() - before;
+    eventually("claim and release are executed", PATIENCE, || executed() >= 2).await;
     assert_eq!(bench.owner(2), None);
+    assert!(bench.nodes[2].has_no_pending_releases());
+}
+
+/// The application may block the runtime that carries it.
+#[tokio::test]
+async fn release_behind_a_claim_marks_no_node_down_and_becomes_pending() {
+    let (bench, proxies) = Bench::behind_proxies().await;
+    let bench = bench.with_node_limit(Duration::from_secs(2));
+    bench.release_before_a_claim_arrives(&proxies).await;
+    let is_pending = || bench.nodes[2].has_pending_release(Cycle::of(4));
+    eventually("it is pending", PATIENCE, is_pending).await;
+    assert!(bench.nodes[2].is_up());
+    proxies[2].deliver_late();
+    assert!(repair::finish_pending_releases(&bench.store.quorum, &bench.nodes[2]).await);
+    assert!(bench.nodes[2].has_no_pending_releases());
 }
 
 /// Most outages are short.

@@ -34,15 +34,6 @@ impl RedisStore {
     /// Claims the lease. The request is resent only if its connection broke. After the future is
     /// dropped, any claim already sent precedes a later release on the same connection.
     pub(crate) fn claim(&self, claim: Claim) -> StoreFuture<Claimed> {
-        self.claim_while(claim, || true)
-    }
-
-    /// The same, but nothing is sent, or sent again, once the claim is not wanted any more.
-    pub(crate) fn claim_while(
-        &self,
-        claim: Claim,
-        is_wanted: impl Fn() -> bool + Send + 'static,
-    ) -> StoreFuture<Claimed> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&claim.key).slot();
         let link = self.link(Priority::Foreground, slot);
@@ -51,9 +42,6 @@ impl RedisStore {
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
-                if !is_wanted() {
-                    return Err(StoreError::Refused("the vote was decided without this claim".into()));
-                }
                 // A counter below an earlier value was lost.
                 let floor = shared.token_floor.of(slot);
                 let claimed = {
