@@ -521,10 +521,11 @@ fn with_a_large_stack(comparison: impl FnOnce() + Send) {
     });
 }
 
-/// A node of a quorum that was the sequencer before may still have a claimed cycle in its queue. It
-/// was served once more when it was released: a grant was pushed for a lease that was then deleted.
+/// A node of a quorum that was the sequencer before has the cycle in its queue when it is claimed.
+/// It was served once more when it was released: a grant was pushed for a lease that was then
+/// deleted.
 #[test]
-fn released_cycle_that_is_still_queued_is_not_served_again() {
+fn claimed_cycle_leaves_the_queue() {
     let server = RedisServer::start();
     let (lock, terms) = (
         Lock {

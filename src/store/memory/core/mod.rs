@@ -201,9 +201,7 @@ impl MemoryCore {
     /// Releases the lease or leaves the queue. If there is a `next`, it joins the tail first.
     pub(crate) fn release(&mut self, key: &LockKey, me: &str, next: Option<&str>, terms: Terms) -> ReleaseReply {
         let held = self.lock(key, terms.now).is_held_by(me);
-        // A node of a quorum that was the sequencer before may still have a claimed cycle in its
-        // queue.
-        if !held || !mode_of(me).is_exclusive() {
+        if !held {
             self.leave(key, me);
         }
         self.remove(key, me);

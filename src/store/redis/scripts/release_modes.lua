@@ -2,8 +2,7 @@
 local me, next = ARGV[1], ARGV[6]
 n, floor, channel, key = tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local held = is_held(me)
--- A node of a quorum that was the sequencer before may still have a claimed cycle in its queue.
-if waiting > 0 and (not held or permits(me)) then
+if waiting > 0 and not held then
   waiting = waiting - redis.call('ZREM', KEYS[2], me)
 end
 if held then
