@@ -42,7 +42,8 @@ local function pass_on(me, my_ttl, n, floor, channel, key, waiting, mark, new)
       redis.call('ZADD', KEYS[2], score, heir)
       if waiting == 0 then
         -- The queue was deleted with its last member, and its expiry with it.
-        redis.call('PEXPIRE', KEYS[2], QUEUE_GRACE)
+        local left = redis.call('PTTL', KEYS[1])
+        redis.call('PEXPIRE', KEYS[2], string.format('%d', math.max(left, 0) + QUEUE_GRACE))
       end
       if new then
         redis.call('ZREM', KEYS[2], me)

@@ -204,7 +204,7 @@ fn try_behind_waiters_takes_the_key_only_if_all_are_dead() {
     bench.server.command(&["DEL", "lease"]);
     bench.server.command(&["ZADD", "queue", "1", &dead, "2.5", &shared]);
     assert_eq!(bench.acquire(&me, 300_000, "try"), [3]);
-    assert_eq!(bench.state(), (None, vec![shared, "2.5".to_owned()], 2));
+    assert_eq!(bench.state(), (None, vec![shared.clone(), "2.5".to_owned()], 2));
     // Regression: it had no end, and stayed for ever if the request in this mode never came.
     bench.assert_left("queue", 60_000);
     // One with other members has an end, which may be much later.
@@ -212,6 +212,12 @@ fn try_behind_waiters_takes_the_key_only_if_all_are_dead() {
     bench.server.command(&["PEXPIRE", "queue", "600000"]);
     assert_eq!(bench.acquire(&me, 300_000, "try"), [3]);
     bench.assert_left("queue", 600_000);
+    // Regression: it could end before the lease.
+    bench.server.command(&["DEL", "queue"]);
+    bench.server.command(&["ZADD", "queue", "2.5", &shared]);
+    bench.own(&me, Some(300_000));
+    assert_eq!(bench.release(&me, ""), [3]);
+    bench.assert_left("queue", 360_000);
 }
 
 /// The short release does nothing unless it does everything.
