@@ -214,17 +214,25 @@ impl LeaseStore for ClusterStore {
             // All steps share one time limit.
             let deadline = Moment::now() + pool.shared.timeout.mul_f64(0.9);
             let mut backoff = Backoff::new(ASK_AGAIN_MIN, ASK_AGAIN_MAX);
-            let has_time = || Moment::now() + pool.shared.patience < deadline;
             let mut was_silent = false;
+            let mut last = None;
             loop {
                 let began = Moment::now();
-                let read = pool.refresh(0).await;
+                let read = tokio::time::timeout(deadline.since(began), pool.refresh(0)).await;
                 // A node was silent for about as long as a request waits for one. A busy one may
                 // answer later.
                 was_silent |= Moment::now().since(began) >= pool.shared.patience / 2;
+                let delay = backoff.next_delay();
                 match read {
-                    Err(StoreError::Unavailable(_)) if was_silent && has_time() => backoff.wait().await,
-                    read => break read?,
+                    Ok(Err(error @ StoreError::Unavailable(_))) if was_silent && Moment::now() + delay < deadline => {
+                        last = Some(error);
+                        tokio::time::sleep(delay).await;
+                    }
+                    Ok(read) => break read?,
+                    Err(_) => {
+                        let silence = || StoreError::Unavailable("no answer while connecting".into());
+                        return Err(last.unwrap_or_else(silence));
+                    }
                 }
             }
             pool.check_map(Some(deadline)).await
