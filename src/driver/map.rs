@@ -23,13 +23,13 @@ pub(crate) struct Maps {
     /// How long one step waits for the other shards, chosen so that all steps fit into the time
     /// limit of a request.
     step_limit: Duration,
-    /// The last failure.
-    storing: Mutex<Option<Failure>>,
+    /// The last failure of each shard, in the order of `stores`.
+    storing: Mutex<Vec<Option<Failure>>>,
 }
 
-/// The map could not be stored for this shard.
+/// The map could not be stored for a shard.
+#[derive(Clone)]
 struct Failure {
-    own: Arc<dyn LeaseStore>,
     at: Moment,
     error: StoreError,
 }
@@ -37,9 +37,9 @@ struct Failure {
 impl Maps {
     pub(crate) fn new(stores: Vec<(Arc<str>, Arc<dyn LeaseStore>)>, timeout: Duration) -> Self {
         Self {
+            storing: Mutex::new(vec![None; stores.len()]),
             stores,
             step_limit: timeout / 4,
-            storing: Mutex::new(None),
         }
     }
 
@@ -51,20 +51,21 @@ impl Maps {
     /// A shard has another map, or this shard did not reply.
     async fn store_for(&self, own: &Arc<dyn LeaseStore>) -> Result<(), StoreError> {
         let began = Moment::now();
-        let mut last = self.storing.lock().await;
+        let mut failures = self.storing.lock().await;
+        let shard = self.stores.iter().position(|(_, store)| Arc::ptr_eq(store, own));
+        let mut last = shard.and_then(|shard| failures.get_mut(shard));
         // Otherwise requests that wait here would fail one after the other.
-        let failed = last
-            .as_ref()
-            .filter(|failed| failed.at >= began && Arc::ptr_eq(&failed.own, own));
-        if let Some(failed) = failed {
+        let failed = last.as_ref().and_then(|last| last.as_ref());
+        if let Some(failed) = failed.filter(|failed| failed.at >= began) {
             return Err(failed.error.clone());
         }
         let stored = self.store_alone(own).await;
-        *last = stored.as_ref().err().map(|error| Failure {
-            own: Arc::clone(own),
-            at: Moment::now(),
-            error: error.clone(),
-        });
+        if let (Some(last), Err(error)) = (&mut last, &stored) {
+            **last = Some(Failure {
+                at: Moment::now(),
+                error: error.clone(),
+            });
+        }
         stored
     }
 
