@@ -1,6 +1,7 @@
 //! The commands sent to a server: their keys and arguments, for one manager.
 
 use std::io::Write;
+use std::pin::pin;
 use std::time::Duration;
 
 use deadpool_redis::redis::aio::ConnectionLike;
@@ -12,10 +13,12 @@ use super::names::Names;
 use super::permission::Permissions;
 use super::reply::no_answer;
 use super::script::MARKER;
+use crate::clock::Moment;
 use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireKind, Cycle, Release, Renewal};
 use crate::store::INSPECTED_MAX;
+use crate::time_limit::within;
 
 /// Builds the commands of one manager in one namespace.
 #[derive(Debug)]
@@ -374,7 +377,7 @@ async fn answer_within<T>(
     limit: Duration,
     answer: impl Future<Output = Result<T, RedisError>>,
 ) -> Result<T, RedisError> {
-    let answer = tokio::time::timeout(limit, answer).await;
+    let answer = within(Moment::now(), limit, pin!(answer)).await;
     answer.unwrap_or_else(|_| Err(no_answer(limit)))
 }
 
