@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::Context;
 use shardlock::{LockManager, namespace};
 
 /// The maximum number of attempts.
@@ -19,17 +19,22 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// If a server is unavailable or refuses to erase a key, or if new keys keep appearing.
 pub(crate) async fn erase(locks: &LockManager) -> anyhow::Result<()> {
     let mut unanswered = 0;
+    let mut last = None;
     for _ in 0..ATTEMPTS_MAX {
         match namespace::erase(locks).await {
             Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(_) => last = None,
             // A node of a quorum that was slow for a moment counts as down until it is probed.
             Err(error) if error.is_retryable() && unanswered < UNANSWERED_MAX => {
                 unanswered += 1;
+                last = Some(error);
                 tokio::time::sleep(PAUSE).await;
             }
             Err(error) => return Err(error.into()),
         }
     }
-    bail!("new keys keep appearing")
+    match last {
+        Some(error) => Err(error).context("erase the keys of the load"),
+        None => anyhow::bail!("new keys keep appearing"),
+    }
 }
