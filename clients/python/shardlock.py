@@ -37,12 +37,12 @@ class Lock:
         """For how many seconds from now the lock is certainly held. In asyncio, await it."""
         return self._client.execute_command("HELD", self.key, self.token)
 
-    def _lose(self, reason):
+    def _lose(self, reason, caught=Exception):
         self.lost, on_lost, self._on_lost = reason, self._on_lost, None
         try:
             if on_lost:
                 on_lost(reason)
-        except BaseException:  # also SystemExit: the end of the statement waits for this thread
+        except caught:
             logging.getLogger(__name__).exception("on_lost of the lock of %r failed", self.key)
 
     def _check(self, unlocked):
@@ -106,10 +106,10 @@ class Agent:
         try:
             while isinstance(reply := connection.read_response(**_READING), list):
                 if reply[:3] == ["lost", lock.key, lock.token]:
-                    lock._lose(reply[3])
+                    lock._lose(reply[3], BaseException)  # also SystemExit: the statement waits
             return reply
         except Exception:
-            lock._lose("disconnected")
+            lock._lose("disconnected", BaseException)
 
 
 class AsyncAgent(Agent):

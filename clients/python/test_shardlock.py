@@ -146,6 +146,14 @@ class Blocking(unittest.TestCase):
                 while lock.remaining():
                     time.sleep(0.002)
 
+    def test_an_on_lost_that_exits_ends_a_program_of_asyncio(self):
+        async def enter():
+            async with shardlock.AsyncAgent().lock("exiting", max_hold=0.05, on_lost=sys.exit):
+                await asyncio.sleep(PATIENCE_S)
+
+        with self.assertRaises(SystemExit):
+            asyncio.run(enter())
+
     def test_a_socket_timeout_ends_neither_a_wait_nor_a_lock(self):
         url = f"unix://{os.environ['SHARDLOCK_AGENT']}?socket_timeout=0.01"
         for agent in (shardlock.Agent(socket_timeout=0.01), shardlock.Agent(url)):
