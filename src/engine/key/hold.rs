@@ -210,6 +210,7 @@ impl<W> Queue<W> {
         };
         let Some(waiter) = self.waiters.get_mut(id) else { return };
         self.ttl = waiter.options.ttl;
+        held.renew_as_for(self.ttl, cx);
         let hold_until = waiter.options.max_hold.map(|longest| cx.now + longest);
         held.linger = waiter.options.linger;
         held.min_hold_until = None;
@@ -309,6 +310,7 @@ impl<W> Queue<W> {
                 holder.hold_until = options.max_hold.map(|longest| cx.now + longest);
             }
         }
+        held.renew_as_for(self.ttl, cx);
         Some(Arc::clone(&held.lease))
     }
 

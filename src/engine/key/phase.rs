@@ -228,6 +228,13 @@ impl Held {
         self.confirmed_until = self.confirmed_until.max(sent_at + cx.rules.confirmed_for(ttl));
     }
 
+    /// The lease serves a task with this TTL, which may be shorter than that of the last request.
+    /// From now on it is renewed as often as a lease of that TTL.
+    pub(super) fn renew_as_for(&mut self, ttl: Duration, cx: Context<'_>) {
+        self.renew_at = self.renew_at.min(cx.now + cx.rules.renew_every(ttl));
+        self.confirmed_until = self.confirmed_until.min(cx.now + cx.rules.confirmed_for(ttl));
+    }
+
     /// Begins a turn, unless remote waiters were known before. The present guard belongs to it, but
     /// has no part of the share: it does not wait any more.
     pub(super) fn note_remote_waiters(&mut self, waiting: u64, share: u32, now: Moment) {

@@ -59,6 +59,16 @@ fn first_ttl_covers_the_minimum_hold_and_renewals_have_the_usual_one() {
     assert_eq!(requested_ttl(&Bench::new().enqueue_as(0, short).1), TTL);
 }
 
+/// Regression: the first renewal came after a part of the minimum hold, which may be a day, and a
+/// loss was noticed no sooner.
+#[test]
+fn first_renewal_is_due_after_a_part_of_the_usual_ttl() {
+    let mut bench = Bench::new();
+    let sent_at = bench.now;
+    bench.hold_long();
+    assert_eq!(bench.queue.next_deadline(), Some(sent_at + ms(100)));
+}
+
 #[test]
 fn early_release_goes_to_the_store_and_the_cycle_is_recorded() {
     let mut bench = Bench::new();
