@@ -6,7 +6,7 @@ use super::effect::{Effects, Request};
 use super::phase::{Acquiring, Phase, Queued};
 #[cfg(test)]
 use super::types::Flaw;
-use super::types::{Context, Outcome, Path};
+use super::types::{Context, Outcome, Path, WaiterOptions};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
 use crate::mode::LockMode;
@@ -243,8 +243,9 @@ impl<W> Queue<W> {
         self.hold(grant.cycle, grant.tokens, ttl, sent_at, Path::RemoteGrant, cx, effects);
     }
 
-    /// The reply grants the lease, but it expired in transit.
-    pub(super) fn arrived_too_late(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
+    /// The reply grants the lease, but it expired in transit. After some of them, the tasks fail
+    /// whose leases would last no longer than that one.
+    pub(super) fn arrived_too_late(&mut self, cycle: Cycle, ttl: Duration, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Acquiring(acquiring) = &mut self.phase else {
             return;
         };
@@ -254,7 +255,13 @@ impl<W> Queue<W> {
         }
         effects.abandon(cycle);
         self.phase = Phase::Idle;
-        self.fail_all(&Outcome::TooLate, effects);
+        let is_short = |options: &WaiterOptions| options.lease_ttl() <= ttl;
+        let waiters = self.waiters.iter();
+        let failed = waiters.filter_map(|(id, waiter)| is_short(&waiter.options).then_some(id));
+        for id in failed.collect::<Vec<_>>() {
+            self.resolve(id, Outcome::TooLate, effects);
+        }
+        self.start_acquire(cx, effects);
     }
 
     pub(super) fn regress(&mut self, cycle: Cycle, token: u64, floor: u64, cx: Context<'_>, effects: &mut Effects<W>) {

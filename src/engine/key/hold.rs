@@ -33,7 +33,7 @@ impl<W> Queue<W> {
     ) {
         let valid_until = sent_at + ttl.saturating_sub(drift(ttl));
         if valid_until <= cx.now {
-            return self.arrived_too_late(cycle, cx, effects);
+            return self.arrived_too_late(cycle, ttl, cx, effects);
         }
         if self.min_hold_of_first().time() > ttl {
             // The waiter that the lease was requested for has left.

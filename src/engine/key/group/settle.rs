@@ -49,7 +49,16 @@ impl<W> Group<W> {
                     self.resolve(id, outcome, effects);
                 }
             }
-            Outcome::Failed(_) | Outcome::TooLate => self.fail_all(&outcome, effects),
+            Outcome::Failed(_) => self.fail_all(&outcome, effects),
+            Outcome::TooLate => {
+                let ttl = self.lanes.get(index).map(|lane| lane.queue.ttl()).unwrap_or_default();
+                let is_short = |options: &WaiterOptions| options.lease_ttl() <= ttl;
+                let waiters = self.waiters.iter();
+                let failed = waiters.filter_map(|(id, waiter)| is_short(&waiter.options).then_some(id));
+                for id in failed.collect::<Vec<_>>() {
+                    self.resolve(id, Outcome::TooLate, effects);
+                }
+            }
         }
         true
     }

@@ -266,6 +266,31 @@ fn reply_later_than_the_end_of_its_lease_grants_no_guard() {
     assert!(bench.queue.is_unused());
 }
 
+/// Regression: tasks with a longer TTL failed as well, at once.
+#[test]
+fn late_replies_fail_only_the_tasks_whose_leases_are_as_short() {
+    let mut bench = Bench::new();
+    let (short, seen) = bench.enqueue(0);
+    let cycle = seen.acquires().0;
+    let long = WaiterOptions {
+        ttl: 10 * TTL,
+        ..OPTIONS
+    };
+    let (long, _) = bench.enqueue_as(1, long);
+    let mut seen = NOTHING;
+    for _ in 0..3 {
+        let sent_at = bench.now;
+        bench.pass(TTL);
+        seen = bench.reply_to(sent_at, cycle, granted(1, 1));
+    }
+    assert_eq!((&seen.abandoned[..], &seen.woken[..]), (&[cycle][..], &[0][..]));
+    assert!(matches!(bench.collect(short), Some(Outcome::TooLate)));
+    let next = seen.acquires().0;
+    assert_eq!(next.ttl(), 10 * TTL);
+    bench.reply(next, granted(2, 2));
+    bench.guard(long);
+}
+
 /// A try whose reply came too late was sent again as an ordinary acquire. It joined the store's
 /// queue, and its task waited for other holders although a try must return at once.
 #[test]
