@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use crate::clock::Moment;
 use crate::error::LossReason;
@@ -119,18 +121,26 @@ impl Lease {
         (nanos(self.remaining(now)) as f64 / ttl as f64).min(1.0)
     }
 
-    /// Waits for the loss.
+    /// Waits for the loss. On a runtime, the end of the lease needs no notification: the background
+    /// thread may be blocked by foreign code, such as a logger whose output nobody reads.
     pub(crate) async fn lost(&self) -> LossReason {
+        let mut has_timers = Handle::try_current().is_ok();
         loop {
             let loss_notify = self.loss_notify.notified();
             tokio::pin!(loss_notify);
             // Registered before the check, so that a loss between the check and the wait is not
             // missed.
             loss_notify.as_mut().enable();
-            if let Some(reason) = self.check(Moment::now()) {
+            let (now, end) = (Moment::now(), self.valid_until());
+            if let Some(reason) = self.check(now) {
                 return reason;
             }
-            loss_notify.await;
+            if !has_timers {
+                loss_notify.await;
+            } else if timeout(end.since(now), loss_notify).await.is_err() {
+                // The clock of a runtime may be paused in tests: it jumps to the next timer.
+                has_timers = Moment::now() >= end;
+            }
         }
     }
 }
@@ -212,6 +222,30 @@ mod tests {
         let both = async { tokio::join!(lease.lost(), asking).0 };
         let lost = tokio::time::timeout(Duration::from_secs(20), both).await;
         assert_eq!(lost, Ok(LossReason::Expired));
+    }
+
+    /// Regression: only the background thread reported the end, and it may be blocked.
+    #[tokio::test]
+    async fn end_of_a_lease_needs_no_notification() {
+        let lease = lease(Moment::now() + Duration::from_millis(20));
+        let extended = lease.valid_until() + Duration::from_millis(20);
+        let extending = async {
+            yield_now().await;
+            lease.extend(extended, TTL);
+        };
+        let both = async { tokio::join!(lease.lost(), extending).0 };
+        let lost = tokio::time::timeout(Duration::from_secs(20), both).await;
+        assert_eq!(lost, Ok(LossReason::Expired));
+        assert!(Moment::now() >= extended);
+    }
+
+    /// The clock of the runtime jumps to the next timer, again and again.
+    #[tokio::test(start_paused = true)]
+    async fn a_paused_clock_ends_no_lease() {
+        let lease = lease(Moment::now() + Duration::from_secs(3_600));
+        let lost = tokio::time::timeout(Duration::from_secs(7_200), lease.lost()).await;
+        assert!(lost.is_err(), "{lost:?}");
+        assert_eq!(lease.loss(), None);
     }
 
     /// Operators see how close a lease came to its end, as a fraction of its latest TTL.
