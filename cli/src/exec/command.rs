@@ -103,12 +103,13 @@ impl<'a> RunningCommand<'a> {
                 biased;
                 lost = &mut lost, if !self.is_lost => {
                     self.is_lost = true;
-                    output::eprint(format_args!("{lost}; ending the command"));
                     // Processes that could not be ended now run without the lock. Report that too.
                     if let Some(termination) = &mut self.termination {
                         termination.is_reported = false;
                     }
                     self.terminate(Signal::TERM, grace);
+                    // Afterwards: nobody may read it, and a full pipe would keep the tool waiting.
+                    output::eprint(format_args!("{lost}; ending the command"));
                 }
                 event = events.next() => self.handle(event, grace),
                 () = sleep_until_if_set(next) => {}
