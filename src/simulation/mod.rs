@@ -321,17 +321,22 @@ fn soak() {
 #[test]
 fn story_of_a_failure_is_short_and_fails_in_the_same_way() {
     let of = |seed| Case::new(seed, Variant::Faults, Some(Flaw::CountsFromReceipt));
-    let failing = (0..2_000).filter_map(|seed| run(&of(seed), true).err()).take(10);
-    // A story that is short from the beginning can hardly be shortened.
-    let long = failing.max_by_key(Failure::length).expect("one of these seeds fails");
-    let short = story::shortest(long.case.clone()).expect("the failure can be reproduced");
-    assert_eq!(short.kind(), long.kind());
+    let failing: Vec<_> = (0..2_000)
+        .filter_map(|seed| run(&of(seed), true).err())
+        .take(10)
+        .collect();
+    let lengths = failing.iter().map(|long| {
+        let short = story::shortest(long.case.clone()).expect("the failure can be reproduced");
+        assert_eq!(short.kind(), long.kind());
+        let again = run(&short.case, true).expect_err("it fails each time");
+        assert_eq!(again.to_string(), short.to_string());
+        (short.length(), long.length())
+    });
+    let lengths: Vec<_> = lengths.collect();
+    // One that needs a rare order of events can hardly be shortened.
+    let is_short = |&&(short, long): &&(usize, usize)| short * 2 < long;
     assert!(
-        short.length() * 2 < long.length(),
-        "{} of {} lines",
-        short.length(),
-        long.length()
+        lengths.iter().filter(is_short).count() >= 5,
+        "lines of each: {lengths:?}"
     );
-    let again = run(&short.case, true).expect_err("it fails each time");
-    assert_eq!(again.to_string(), short.to_string());
 }
