@@ -22,7 +22,7 @@ pub(super) fn persistence(facts: &Facts, kind: ShardKind) -> Option<Finding> {
                 format!("appendonly no, snapshots (save {save})"),
                 "a restart forgets the locks acquired since the last snapshot, so held keys can be acquired a second time",
             ),
-            // CONFIG GET is not allowed.
+            // CONFIG GET is not allowed, and INFO does not say it.
             None => (
                 "appendonly no, snapshots unknown".to_owned(),
                 "a restart forgets all locks, or at least those acquired since the last snapshot, so held keys can be acquired a second time",

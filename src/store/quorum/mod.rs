@@ -26,7 +26,8 @@
 //!
 //! A claim that no task waits for any more may execute after the release of its cycle was answered,
 //! if the claim's connection was abandoned in between. Such a release is repeated at that node when
-//! nothing can arrive late any more (`node`).
+//! nothing can arrive late any more (`node`). If the connection is alive, the release follows the
+//! claim on it (`release`).
 //!
 //! If a cycle holds its lease (`held`), a request for more time or tokens never gives it up: until
 //! the holder knows of a loss, no other cycle may have it. An extension counts only if a majority
