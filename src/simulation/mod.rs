@@ -173,6 +173,13 @@ fn tokens_grow_even_if_the_store_forgets() {
     assert!(!are_usual() || stats.forgotten > 200, "{stats:?}");
 }
 
+/// Regression: an acquire was executed after its connection had been replaced and its release had
+/// been answered, and the lease that it took belonged to nobody.
+#[test]
+fn run_with_a_late_acquire_leaves_nothing_behind() {
+    run_all(25_791..25_792, Variant::Forgetting).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
 /// After a replica that lacks the last leases was promoted, a manager that could know of the
 /// failover grants no lock that the new primary does not know, and no token that is not larger than
 /// earlier ones. This holds even though leases linger and are passed on without a message.
