@@ -8,7 +8,7 @@ use shardlock::config::Builder;
 use support::other_clock::{self, OtherClock};
 use support::sentinel::Watched;
 use support::{Cluster, PATIENCE, Quorum, RedisServer, quorum, worker};
-use support_locks::{Locker, Measured, STORE_TIMEOUT, TestStore, on_each_store, until, until_queued};
+use support_locks::{Locker, Measured, STORE_TIMEOUT, TestStore, lock, on_each_store, until, until_queued};
 
 use crate::connections::named;
 
@@ -163,6 +163,28 @@ async fn clock_jump_of_a_quorum_node_is_reported() {
     let builder = builder.ttl(quorum::MAX_TTL).redlock_max_ttl(quorum::MAX_TTL);
     let nodes: Vec<&RedisServer> = nodes.nodes().iter().collect();
     assert_jumps_are_reported(builder, &nodes).await;
+}
+
+/// The promoted replica lacks the latest counter, and its clock, to which a counter is raised that
+/// was lost, is behind the tokens that were issued.
+#[tokio::test]
+async fn token_grows_after_a_failover_to_a_server_that_lags_and_whose_clock_is_behind() {
+    let clock = OtherClock::build();
+    let watched = Watched::start_in(1, &clock.settable(), &[], &[]);
+    watched.consider_down_after(PATIENCE);
+    let builder = LockManager::builder().shard(watched.url()).store_timeout(STORE_TIMEOUT);
+    let locks = builder.connect().await.expect("connect");
+    let next_token = async || {
+        let guard = lock(&locks, "k").await;
+        let token = guard.token().get();
+        guard.release().await.expect("release");
+        token
+    };
+    let before = next_token().await;
+    other_clock::set(watched.replicas()[0].dir(), -3_600);
+    watched.failover().command(&["FLUSHALL"]);
+    let after = next_token().await;
+    assert!(after > before, "{after} after {before}");
 }
 
 #[tokio::test]
