@@ -108,7 +108,7 @@ async fn request_until_one_is_refused(locks: &LockManager) {
 
 /// This process's memory, from a line of `/proc/self/status`.
 #[cfg(target_os = "linux")]
-fn resident_kib(line: &str) -> u64 {
+pub(crate) fn resident_kib(line: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux tells");
     let value = status
         .lines()

@@ -3,11 +3,18 @@
 
 use std::time::{Duration, Instant};
 
+#[cfg(target_os = "linux")]
+use futures_util::StreamExt;
 use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockGuard, LockManager};
-use support::PATIENCE;
-use support_locks::{Locker, TestStore, lock, on_each_store, poll_once, soon, until, until_queued, waiting};
+use support::{PATIENCE, worker};
+use support_locks::{
+    Locker, TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued, waiting,
+};
+
+#[cfg(target_os = "linux")]
+use crate::connections::resident_kib;
 
 /// Longer than any test lasts.
 const LONG: Duration = Duration::from_secs(3600);
@@ -51,6 +58,31 @@ fn kept(locks: &LockManager) -> usize {
 async fn owner(locks: &LockManager, key: &str) -> Option<String> {
     let seen = locks.inspect(key).await.expect("inspect");
     seen.holder.map(|holder| holder.owner)
+}
+
+/// How many keys are kept in each round, and the number of rounds.
+#[cfg(target_os = "linux")]
+const KEPT: u32 = 10_000;
+#[cfg(target_os = "linux")]
+const ROUNDS: usize = 6;
+
+/// Uses new keys in rounds, and reports this process's memory whenever all their leases have ended.
+#[cfg(target_os = "linux")]
+#[tokio::main]
+pub(crate) async fn keep_new_keys_in_rounds(me: &worker::Current) {
+    let builder = builder_of(me).store_timeout(PATIENCE).linger(Duration::from_secs(1));
+    let locks = connect(builder).await;
+    for round in 0..ROUNDS {
+        let uses = (0..KEPT).map(|number| use_kept(&locks, format!("{round}-{number}")));
+        futures_util::stream::iter(uses).buffer_unordered(64).count().await;
+        until("nothing lingers", async || kept(&locks) == 0).await;
+        me.send(resident_kib("VmRSS:").to_string());
+    }
+}
+
+#[cfg(target_os = "linux")]
+async fn use_kept(locks: &LockManager, key: String) {
+    lock(locks, &key).await.release().await.expect("release");
 }
 
 /// Locks and releases. Returns the token.
@@ -438,6 +470,21 @@ async fn new_keys_evict_lingering_leases() {
         "{error}"
     );
     drop(guards);
+}
+
+/// Each lease that has ended leaves nothing behind. The first rounds show what the allocator keeps
+/// for the most leases at a time.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_does_not_grow_with_rounds_of_lingering_leases() {
+    let store = TestStore::shared(support_locks::Kind::Redis);
+    let keeper = store.worker("keeper", &[]);
+    let kib = [(); ROUNDS].map(|()| {
+        let line = keeper.line_within(10 * PATIENCE).expect("the memory after a round");
+        line.parse::<u64>().expect("a number")
+    });
+    println!("KiB after each round of {KEPT} keys: {kib:?}");
+    assert!(kib[ROUNDS - 1] < kib[1] * 3 / 2, "{kib:?} KiB");
 }
 
 /// The keeper is notified of a waiting process, which gets the key although the keeper's tasks keep

@@ -62,6 +62,8 @@ fn worker_entry() {
         #[cfg(target_os = "linux")]
         "asker" => connections::request_new_keys_forever(&me),
         #[cfg(target_os = "linux")]
+        "keeper" => linger::keep_new_keys_in_rounds(&me),
+        #[cfg(target_os = "linux")]
         "clock" => clocks::report_time(&me),
         "counter" => basics::count(&me),
         "candidate" => lead::campaign(&me),
