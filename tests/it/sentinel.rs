@@ -394,6 +394,22 @@ async fn replicas_and_sentinels_are_refused_as_primaries() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn error_of_a_primary_says_that_the_sentinels_name_it() {
+    let watched = start(0);
+    let primary = watched.primary().address();
+    watched.primary().kill();
+    let words = format!("the sentinels name {primary} as the primary: ");
+    let builder = LockManager::builder().shard(watched.url());
+    let builder = builder.store_timeout(Duration::from_secs(3));
+    // If an answer is late, the error only says so.
+    until("the error names the origin", async || {
+        let error = builder.clone().connect().await.expect_err("nothing listens there");
+        error.to_string().contains(&words)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn name_unknown_to_the_sentinels_is_explained() {
     let watched = Watched::start(0);
     let url = watched.url().replace(NAME, "another");
