@@ -377,6 +377,24 @@ async fn outage_logs_one_line_at_its_start_and_one_at_its_end() {
     assert!(!loud.iter().any(|line| line.contains("Unavailable(")), "{loud:#?}");
 }
 
+/// It says what becomes of the lease, and why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn release_that_is_refused_until_its_lease_has_ended_is_logged() {
+    let listener = listener();
+    let server = RedisServer::start();
+    let locks = builder().named_shard("refusing", server.url());
+    let locks = locks.ttl(Duration::from_secs(1)).connect().await.unwrap();
+    let guard = lock(&locks, "refused").await;
+    server.command(&["SET", "{lock:refused}:q", "not a queue"]);
+    drop(guard);
+    let lines = || listener.lines("WARN message=leases of failed requests could not be released");
+    let ours = || lines().into_iter().find(|line| line.contains("shard=refusing"));
+    eventually("it is logged", PATIENCE, || ours().is_some()).await;
+    let line = ours().unwrap();
+    assert!(line.contains("those that exist expire with their ttl"), "{line}");
+    assert!(line.contains("leases=1") && line.contains("WRONGTYPE"), "{line}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_hold_is_logged_while_it_lasts() {
     let listener = listener();
