@@ -95,9 +95,9 @@ struct Quorum {
     /// Notifies the repair worker that a node went down: the waiters in its queue must ask the next
     /// sequencer.
     sequencer_lost: Notify,
-    /// The cycles that hold a lease, as far as this manager knows. Only their leases are restored at
-    /// nodes that lack them. Cycles that were lost without a release are removed when their leases
-    /// have run out.
+    /// The cycles that hold a lease, as far as this manager knows. Only their leases are restored
+    /// at nodes that lack them. Cycles that were lost without a release are removed when their
+    /// leases have run out.
     held: parking_lot::Mutex<HashMap<Cycle, Held>>,
     /// The largest number of a cycle for which something was sent.
     newest_cycle: AtomicU64,
