@@ -231,12 +231,16 @@ mod tests {
         let extended = lease.valid_until() + Duration::from_millis(20);
         let extending = async {
             yield_now().await;
+            // A busy machine may be too late.
+            let is_in_time = lease.loss().is_none();
             lease.extend(extended, TTL);
+            is_in_time
         };
-        let both = async { tokio::join!(lease.lost(), extending).0 };
-        let lost = tokio::time::timeout(Duration::from_secs(20), both).await;
-        assert_eq!(lost, Ok(LossReason::Expired));
-        assert!(Moment::now() >= extended);
+        let both = async { tokio::join!(lease.lost(), extending) };
+        let ended = tokio::time::timeout(Duration::from_secs(20), both).await;
+        let (lost, is_in_time) = ended.unwrap();
+        assert_eq!(lost, LossReason::Expired);
+        assert!(!is_in_time || Moment::now() >= extended);
     }
 
     /// The clock of the runtime jumps to the next timer, again and again.
