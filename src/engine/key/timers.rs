@@ -103,11 +103,13 @@ impl<W> Queue<W> {
             self.lose(LossReason::Expired, cx, &mut effects);
             return effects;
         }
+        // The lease may have been passed on to a task with a shorter TTL meanwhile.
+        let least_ttl = ttl.min(self.ttl);
         match reply {
             Some(RenewReply::Extended { has_waiters }) => {
                 held.lease.extend(sent_at + ttl - drift(ttl), ttl);
-                held.confirm(held.renewing_in, sent_at, ttl, cx);
-                held.renew_at = sent_at + cx.rules.renew_every(ttl);
+                held.confirm(held.renewing_in, sent_at, least_ttl, cx);
+                held.renew_at = sent_at + cx.rules.renew_every(least_ttl);
                 // The store answers again, so an extension may succeed, too.
                 held.extension_failed = false;
                 if held.confirmed_in != cx.epoch {
@@ -122,7 +124,7 @@ impl<W> Queue<W> {
             // asked yet.
             None if held.renewing_in != cx.epoch => held.renew_at = cx.now,
             None => {
-                let soon = cx.rules.renew_every(ttl) / 2;
+                let soon = cx.rules.renew_every(least_ttl) / 2;
                 let is_known = held.confirmed_in == cx.epoch;
                 held.renew_at = cx.now + if is_known { soon } else { soon.min(RENEW_AGAIN_MAX) };
             }

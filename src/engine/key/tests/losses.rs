@@ -72,6 +72,36 @@ fn renewals_are_due_every_tenth_of_the_ttl_and_extend_the_validity() {
     assert_eq!(bench.queue.next_deadline(), Some(sent_at + ms(100)));
 }
 
+/// Regression: the next renewal followed the TTL of the one that was in flight.
+#[test]
+fn renewal_in_flight_across_a_hand_off_does_not_delay_the_next_one() {
+    for extended in [true, false] {
+        let mut bench = Bench::new();
+        let long = WaiterOptions {
+            ttl: 10 * TTL,
+            ..OPTIONS
+        };
+        let (first, seen) = bench.enqueue_as(0, long);
+        let cycle = seen.acquires().0;
+        let reply = Answer {
+            ttl: 10 * TTL,
+            ..answer(bench.now, granted(1, 64))
+        };
+        bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, reply, cx)));
+        let guard = bench.guard(first);
+        let (short, _) = bench.enqueue(1);
+        bench.pass(ms(500));
+        assert_eq!(bench.renewal(), Some(cycle));
+        let sent_at = bench.now;
+        bench.release_held(&guard);
+        bench.guard(short);
+        let reply = extended.then_some(RenewReply::Extended { has_waiters: false });
+        bench.event(|queue, cx| ((), queue.on_renewal_reply(cycle, 10 * TTL, sent_at, reply, cx)));
+        let due = if extended { ms(100) } else { ms(50) };
+        assert_eq!(bench.queue.next_deadline(), Some(sent_at + due));
+    }
+}
+
 #[test]
 fn a_failed_renewal_is_tried_again_and_loses_nothing() {
     let mut bench = Bench::new();
