@@ -6,7 +6,7 @@ use super::effect::{Effects, Request};
 use super::phase::{Acquiring, Phase, Queued};
 #[cfg(test)]
 use super::types::Flaw;
-use super::types::{Context, Outcome, Path, WaiterOptions};
+use super::types::{Context, Outcome, Path};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
 use crate::mode::LockMode;
@@ -255,10 +255,7 @@ impl<W> Queue<W> {
         }
         effects.abandon(cycle);
         self.phase = Phase::Idle;
-        let is_short = |options: &WaiterOptions| options.lease_ttl() <= ttl;
-        let waiters = self.waiters.iter();
-        let failed = waiters.filter_map(|(id, waiter)| is_short(&waiter.options).then_some(id));
-        for id in failed.collect::<Vec<_>>() {
+        for id in self.waiters.find_all(|waiter| waiter.options.lease_ttl() <= ttl) {
             self.resolve(id, Outcome::TooLate, effects);
         }
         self.start_acquire(cx, effects);

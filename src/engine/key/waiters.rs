@@ -68,6 +68,13 @@ impl<T> Waiters<T> {
         nodes.map(|(index, node)| (WaiterId(index), &node.value))
     }
 
+    /// The elements in line for which `is_one` holds.
+    pub(crate) fn find_all(&self, is_one: impl Fn(&T) -> bool) -> Vec<WaiterId> {
+        self.iter()
+            .filter_map(|(id, value)| is_one(value).then_some(id))
+            .collect()
+    }
+
     pub(crate) fn get(&self, id: WaiterId) -> Option<&T> {
         self.nodes.get(id.0 as usize).map(|node| &node.value)
     }

@@ -52,10 +52,7 @@ impl<W> Group<W> {
             Outcome::Failed(_) => self.fail_all(&outcome, effects),
             Outcome::TooLate => {
                 let ttl = self.lanes.get(index).map(|lane| lane.queue.ttl()).unwrap_or_default();
-                let is_short = |options: &WaiterOptions| options.lease_ttl() <= ttl;
-                let waiters = self.waiters.iter();
-                let failed = waiters.filter_map(|(id, waiter)| is_short(&waiter.options).then_some(id));
-                for id in failed.collect::<Vec<_>>() {
+                for id in self.waiters.find_all(|waiter| waiter.options.lease_ttl() <= ttl) {
                     self.resolve(id, Outcome::TooLate, effects);
                 }
             }
